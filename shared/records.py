@@ -1,0 +1,78 @@
+"""What flows between the parts: one frozen record per arrow of the data's way.
+
+Keys of `Paper.as_record()` are the corpus contract (Search-R1 style clients read `id` and `contents`).
+"""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Paper:
+    """One paper of the corpus. `pub_date` is ISO as far as known ("2021", "2021-03", "2021-03-09") or ""."""
+
+    pmid: str
+    title: str
+    abstract: str
+    authors: tuple[str, ...] = ()
+    journal: str = ""
+    pub_date: str = ""
+    mesh_terms: tuple[str, ...] = ()
+    doi: str = ""
+
+    @property
+    def text(self) -> str:
+        """What is embedded: title, one space, abstract."""
+        return f"{self.title} {self.abstract}".strip()
+
+    @property
+    def contents(self) -> str:
+        """Search-R1's form: title line, newline, abstract."""
+        return f"{self.title}\n{self.abstract}"
+
+    def as_record(self) -> dict[str, Any]:
+        """The corpus record, JSON-ready, with the contract's keys."""
+        fields = asdict(self)
+        fields["authors"] = list(self.authors)
+        fields["mesh_terms"] = list(self.mesh_terms)
+        return {"id": self.pmid, **fields, "text": self.text, "contents": self.contents}
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """One search result: the paper and the inner product of the two unit vectors, in [-1, 1]."""
+
+    paper: Paper
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One answer of the solver service."""
+
+    text: str
+    finish_reason: str  # "stop" or "length"
+    prompt_tokens: int
+    new_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Seed:
+    """A paper from which a question of `hop` hops is to be made."""
+
+    index: int
+    pmid: str
+    hop: int
+    document: str
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One attempt of the solver at a question. `ended`: answered, no_answer or length."""
+
+    answer: str
+    ended: str
+    searches: int
+    pmids: tuple[str, ...] = ()
+    seconds: float = 0.0
+    transcript: str = field(default="", repr=False)

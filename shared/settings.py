@@ -1,0 +1,315 @@
+"""Every knob of the system, once: type, bound, unit, default and one sentence.
+
+`load_settings()` reads, strongest first: `DRZERO_SECTION__FIELD` variables, the sparse profile
+`shared/profiles/<DRZERO_PROFILE>.toml` (default `demo`), the defaults below. An unknown key or a misspelt
+variable is a `SettingsError` that names it. Secrets are no settings: they come by name from the environment
+(`NCBI_API_KEY`, `HF_TOKEN`) and never enter this object, a log or a manifest.
+"""
+
+import difflib
+import os
+import tomllib
+from collections.abc import Mapping
+from datetime import date
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+PREFIX = "DRZERO_"
+PROFILE_DIR = Path(__file__).parent / "profiles"
+
+Port = Annotated[int, Field(ge=1, le=65535)]
+Count = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class SettingsError(ValueError):
+    """A setting is unknown, misspelt or out of its bounds; the text says which and what is expected."""
+
+
+class Section(BaseModel):
+    """A frozen group of settings; unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class StorageSettings(Section):
+    """Where files live: `data` is kept, `scratch` may be deleted at any time between runs."""
+
+    data_dir: Path = Field(Path("data"), description="Kept files: corpus, index, runs, final weights.")
+    scratch_dir: Path = Field(Path("scratch"), description="Checkpoints and caches; safe to delete.")
+    min_free_gb: float = Field(2.0, ge=0, description="A stage refuses to start with less free disk than this, in GB.")
+
+
+class LogSettings(Section):
+    """How services write their log."""
+
+    format: Literal["auto", "json", "console"] = Field(
+        "auto", description="`auto` is readable text on a terminal and JSON lines elsewhere."
+    )
+    level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe level written.")
+
+
+class RedisSettings(Section):
+    """Progress and events; every service also runs without Redis."""
+
+    url: str | None = Field(None, description="`redis://host:port/db`; none means progress is only logged.")
+    timeout_s: Seconds = Field(1.0, description="Longest wait for one Redis command, in seconds.")
+
+
+class IngestSettings(Section):
+    """PubMed to corpus."""
+
+    source: Literal["auto", "demo", "xml", "entrez"] = Field(
+        "auto", description="`auto`: xml when xml_dir is set, entrez when query is set, else the shipped demo records."
+    )
+    xml_dir: Path | None = Field(None, description="Folder of PubMed XML files (.xml or .xml.gz), read recursively.")
+    strict: bool = Field(False, description="Stop at the first malformed XML file instead of counting and skipping it.")
+    require_abstract: bool = Field(True, description="Drop records without an abstract (counted).")
+    query: str | None = Field(None, description="PubMed search in Entrez syntax.")
+    date_from: date | None = Field(None, description="First publication date of the query, YYYY-MM-DD.")
+    date_to: date | None = Field(None, description="Last publication date of the query, YYYY-MM-DD.")
+    max_records: int = Field(9_999, ge=1, le=9_999, description="Most records fetched from Entrez in one run.")
+    email: str | None = Field(None, description="Contact address that NCBI asks of every E-utilities client.")
+    entrez_url: str = Field(
+        "https://eutils.ncbi.nlm.nih.gov/entrez/eutils", description="Base address of the E-utilities."
+    )
+    entrez_batch: int = Field(200, ge=1, le=500, description="Records per EFetch call.")
+    entrez_timeout_s: Seconds = Field(60.0, description="Longest wait for one E-utilities reply, in seconds.")
+    entrez_tries: Count = Field(5, description="Attempts per E-utilities call before the run stops.")
+    shard_rows: Count = Field(4096, description="Records per corpus shard.")
+
+
+class EncoderSettings(Section):
+    """The one text encoder, used for the index and for queries alike."""
+
+    model: str = Field(
+        "microsoft/BiomedNLP-PubMedBERT-base-uncased-abstract-fulltext",
+        description="Hugging Face id, folder, or `package:<module>[/<folder>]` for weights in a package.",
+    )
+    pooling: Literal["mean", "cls"] = Field("mean", description="How token vectors become one; part of the model.")
+    max_tokens: int = Field(256, ge=8, le=8192, description="Longer texts are cut to this many tokens.")
+    batch_size: Count = Field(64, description="Texts per forward pass when the index is built.")
+    device: str = Field("auto", description="`auto` takes a GPU when there is one; or `cpu`, `cuda`, `cuda:1`.")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Precision of the forward pass.")
+    threads: int = Field(0, ge=0, description="CPU threads of the encoder; 0 lets torch decide.")
+
+
+class RetrievalSettings(Section):
+    """The search service."""
+
+    host: str = Field("127.0.0.1", description="Address the service listens on.")
+    port: Port = Field(8000, description="Port the service listens on.")
+    url: str = Field("http://127.0.0.1:8000", description="Where clients find the service.")
+    encoder: EncoderSettings = EncoderSettings()
+    top_k: Count = Field(3, description="Papers per query when a request names no number.")
+    top_k_max: Count = Field(100, description="Largest number of papers per query that is accepted.")
+    max_queries: Count = Field(512, description="Most queries in one request.")
+    max_query_chars: Count = Field(2000, description="Longest query, in characters.")
+
+
+class SglangSettings(Section):
+    """Flags of the SGLang server (GPU solver)."""
+
+    mem_fraction_static: Share = Field(0.2, description="Share of the free GPU memory for weights and KV cache.")
+    tp_size: Count = Field(1, description="GPUs over which one copy of the model is split.")
+    dp_size: Count = Field(1, description="Copies of the model.")
+    cuda_graph_max_bs: Count = Field(32, description="Largest batch captured as a CUDA graph; small starts fast.")
+    attention_backend: str = Field("triton", description="SGLang attention kernels; triton needs no extra wheel.")
+    sampling_backend: str = Field("pytorch", description="SGLang sampling kernels.")
+
+
+class SolverSettings(Section):
+    """The solver service, OpenAI-compatible."""
+
+    engine: Literal["transformers", "sglang"] = Field(
+        "sglang", description="`sglang` on GPUs, `transformers` (transformers serve) without one."
+    )
+    model: str = Field("Qwen/Qwen2.5-3B-Instruct", description="Hugging Face id, folder, or `package:<module>/<file>`.")
+    served_name: str = Field("solver", description="Model name that requests and /v1/models use.")
+    host: str = Field("127.0.0.1", description="Address the service listens on.")
+    port: Port = Field(8001, description="Port the service listens on.")
+    url: str = Field("http://127.0.0.1:8001", description="Where clients find the service.")
+    context_tokens: int = Field(3072, ge=256, description="Most tokens of prompt and answer together.")
+    max_running: Count = Field(64, description="Most requests generated at once; the rest wait in the queue.")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("bfloat16", description="Precision of the weights.")
+    threads: int = Field(0, ge=0, description="CPU threads of the transformers engine; 0 lets torch decide.")
+    sglang: SglangSettings = SglangSettings()
+
+
+class RewardSettings(Section):
+    """Reward of a proposed question: format_weight·F + D."""
+
+    attempts: int = Field(5, ge=2, description="Solver attempts per question (n of the difficulty formula).")
+    format_form: Literal["graded", "gated"] = Field(
+        "gated", description="`gated`: 0 unless question and answer stand; `graded`: every part counts by itself."
+    )
+    format_weight: float = Field(0.5, ge=0, description="Weight of the format score F in the reward.")
+    temperature: float = Field(1.0, ge=0, description="Sampling temperature of the solver's attempts.")
+    max_turns: Count = Field(5, description="Most assistant turns of one solver attempt.")
+    max_new_tokens: Count = Field(512, description="Most new tokens per turn of a solver attempt.")
+    max_tool_chars: Count = Field(4000, description="Longest search result shown to the solver, in characters.")
+    concurrency: Count = Field(64, description="Solver attempts in flight at once.")
+
+
+class ActorSettings(Section):
+    """The model that is trained and how verl updates it."""
+
+    model: str = Field("Qwen/Qwen2.5-3B-Instruct", description="Hugging Face id, folder, or `package:<module>/<file>`.")
+    device: Literal["cuda", "cpu"] = Field("cuda", description="Where verl trains.")
+    rollout_engine: Literal["sglang", "transformers"] = Field(
+        "sglang", description="`sglang` on GPUs; `transformers` is our verl plugin for machines without one."
+    )
+    learning_rate: float = Field(1e-6, gt=0, description="AdamW's step size.")
+    warmup_share: float = Field(0.03, ge=0, lt=1, description="Share of the steps in which the rate rises.")
+    max_grad_norm: float = Field(0.1, gt=0, description="Gradients are clipped to this norm.")
+    micro_batch: Count = Field(2, description="Sequences per forward and backward pass on one device.")
+    attention: str = Field("sdpa", description="transformers attention implementation of the trained model.")
+    master_dtype: Literal["float32", "bfloat16"] = Field("float32", description="Precision of the stored weights.")
+    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Precision of the forward and backward pass.")
+    gradient_checkpointing: bool = Field(True, description="Trade compute for memory in the backward pass.")
+    offload: bool = Field(False, description="Keep parameters and optimizer state in host memory between phases.")
+    lora_rank: int = Field(0, ge=0, description="Rank of LoRA adapters; 0 trains all weights.")
+    gpus: Count = Field(1, description="Devices on this node (1 on a CPU).")
+    nodes: Count = Field(1, description="Nodes of the Ray cluster.")
+    gpu_memory_utilization: Share = Field(0.35, description="Share of GPU memory for the rollout engine.")
+    rollout_dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Precision of the rollout weights.")
+    rollout_threads: int = Field(0, ge=0, description="CPU threads of the transformers rollout; 0 lets torch decide.")
+
+
+class TrainerSettings(Section):
+    """Seeds, rollouts, reward, updates and evaluation of one run."""
+
+    run: str = Field("demo", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="Name of the run's folder.")
+    seed: int = Field(42, ge=0, description="Seed of everything that draws at random.")
+    host: str = Field("127.0.0.1", description="Address of the status endpoint.")
+    port: Port = Field(8002, description="Port of the status endpoint (/health, /metrics, /report).")
+    seeds: Count = Field(500, description="Seed papers drawn for training.")
+    eval_seeds: Count = Field(32, description="Held-out seed papers, disjoint from the training seeds.")
+    min_abstract_words: int = Field(100, ge=0, description="Shorter abstracts are no seeds.")
+    document_tokens: Count = Field(256, description="The seed document in the prompt is cut to this many tokens.")
+    hop_ratio: tuple[int, int, int, int] = Field((4, 3, 2, 1), description="Seeds with 1, 2, 3 and 4 hops.")
+    steps: Count = Field(50, description="Optimizer steps.")
+    prompts_per_step: Count = Field(256, description="Seed prompts per step.")
+    rollouts_per_prompt: Count = Field(1, description="Rollouts per prompt: the group size of GRPO.")
+    advantage: Literal["grpo"] = Field("grpo", description="Advantage estimator.")
+    prompt_tokens: Count = Field(1536, description="Longest prompt, tool schema included.")
+    response_tokens: Count = Field(2560, description="Longest rollout, tool results included.")
+    max_turns: Count = Field(5, description="Most assistant turns of a rollout.")
+    temperature: float = Field(1.0, ge=0, description="Sampling temperature of the rollouts.")
+    guided_tool_call: bool = Field(
+        False, description="On the first turn of a prompt with more than one hop, decode only well-formed search calls."
+    )
+    turn_tokens: Count = Field(1024, description="Most new tokens per assistant turn.")
+    max_tool_chars: Count = Field(4000, description="Longest search result shown to the proposer, in characters.")
+    search_top_k: Count = Field(3, description="Papers per search query in rollouts.")
+    agent_workers: Count = Field(4, description="verl processes that drive rollouts.")
+    reward_workers: Count = Field(2, description="verl processes that compute rewards.")
+    save_every: Count = Field(10, description="Steps between checkpoints.")
+    keep_checkpoints: Count = Field(2, description="Checkpoints kept; older ones are deleted.")
+    patience_s: Seconds = Field(
+        180.0, description="How long a call waits for search or solver to come back before the run stops, in seconds."
+    )
+    stall_s: Seconds = Field(1800.0, description="Training without any sign of progress for so long is stopped.")
+    actor: ActorSettings = ActorSettings()
+    reward: RewardSettings = RewardSettings()
+
+    @model_validator(mode="after")
+    def _seeds_fill_a_step(self) -> "TrainerSettings":
+        if self.seeds < self.prompts_per_step:
+            raise ValueError(
+                f"trainer.seeds is {self.seeds}, but one step takes trainer.prompts_per_step = {self.prompts_per_step}"
+            )
+        return self
+
+
+class Settings(Section):
+    """All settings of one installation."""
+
+    profile: str = Field("demo", description="Name of the profile these settings were read from.")
+    storage: StorageSettings = StorageSettings()
+    log: LogSettings = LogSettings()
+    redis: RedisSettings = RedisSettings()
+    ingest: IngestSettings = IngestSettings()
+    retrieval: RetrievalSettings = RetrievalSettings()
+    solver: SolverSettings = SolverSettings()
+    trainer: TrainerSettings = TrainerSettings()
+
+
+def known_variables() -> dict[str, tuple[str, ...]]:
+    """All settable variables: name → path of keys, e.g. `DRZERO_INGEST__XML_DIR` → ("ingest", "xml_dir")."""
+    names: dict[str, tuple[str, ...]] = {}
+
+    def walk(section: type[BaseModel], path: tuple[str, ...]) -> None:
+        for name, field in section.model_fields.items():
+            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+                walk(field.annotation, (*path, name))
+            else:
+                names[PREFIX + "__".join((*path, name)).upper()] = (*path, name)
+
+    walk(Settings, ())
+    return names
+
+
+def profiles() -> list[str]:
+    """Names of the shipped profiles."""
+    return sorted(path.stem for path in PROFILE_DIR.glob("*.toml"))
+
+
+def read_profile(name: str) -> dict[str, Any]:
+    """The sparse values of one profile; `SettingsError` when there is no such profile."""
+    path = PROFILE_DIR / f"{name}.toml"
+    if name not in profiles():
+        raise SettingsError(f"{PREFIX}PROFILE is {name!r}: expected one of {', '.join(profiles())}")
+    return tomllib.loads(path.read_text(encoding="utf-8"))
+
+
+def build_settings(environ: Mapping[str, str]) -> Settings:
+    """Settings from an environment; pure but for reading the profile file.
+
+    An empty variable counts as unset, because Compose passes unset ones on as empty strings.
+    """
+    given = {key: value for key, value in environ.items() if key.startswith(PREFIX) and value != ""}
+    known = known_variables()
+    for key in given:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+            hint = f"; did you mean {close[0]}?" if close else "; `make settings` lists all"
+            raise SettingsError(f"unknown variable {key}{hint}")
+    profile = given.get(f"{PREFIX}PROFILE", "demo")
+    values = read_profile(profile)
+    values["profile"] = profile
+    for key, text in given.items():
+        _put(values, known[key], text)
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        raise SettingsError(_explain(error, profile)) from error
+
+
+@cache
+def load_settings() -> Settings:
+    """The settings of this process, read once from its environment."""
+    return build_settings(os.environ)
+
+
+def _put(values: dict[str, Any], path: tuple[str, ...], text: str) -> None:
+    for key in path[:-1]:
+        values = values.setdefault(key, {})
+    # Only tuples need more than one value in a variable: "4,3,2,1".
+    values[path[-1]] = text.split(",") if path[-1] == "hop_ratio" else text
+
+
+def _explain(error: ValidationError, profile: str) -> str:
+    lines = []
+    for item in error.errors():
+        place = ".".join(str(part) for part in item["loc"]) or "settings"
+        variable = PREFIX + "__".join(str(part) for part in item["loc"]).upper()
+        if item["type"] == "extra_forbidden":
+            lines.append(f"unknown setting {place} in profile {profile}")
+        else:
+            lines.append(f"{place} is {item['input']!r}: {item['msg']} (variable {variable})")
+    return "; ".join(lines)
