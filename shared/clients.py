@@ -122,19 +122,19 @@ class SolverClient(ServiceClient):
     def __init__(self, base_url: str, *, patience_s: float, connections: int = 64) -> None:
         super().__init__("solver", base_url, patience_s=patience_s, timeout_s=300.0, connections=connections)
 
-    async def complete(self, body: dict[str, Any]) -> Completion:
-        """One completion of `POST /v1/completions`."""
-        reply = await self.call("POST", "/v1/completions", body)
+    async def chat(self, body: dict[str, Any]) -> Completion:
+        """One reply of `POST /v1/chat/completions`."""
+        reply = await self.call("POST", "/v1/chat/completions", body)
         try:
             choice, usage = reply["choices"][0], reply["usage"]
             return Completion(
-                text=choice["text"],
+                text=choice["message"]["content"] or "",
                 finish_reason=choice["finish_reason"],
                 prompt_tokens=usage["prompt_tokens"],
                 new_tokens=usage["completion_tokens"],
             )
         except (KeyError, IndexError, TypeError) as error:
-            raise BadReply(self.service, f"/v1/completions lacks {error}") from error
+            raise BadReply(self.service, f"/v1/chat/completions lacks {error}") from error
 
 
 def paper_of(record: dict[str, Any]) -> Paper:

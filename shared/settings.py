@@ -109,6 +109,7 @@ class RetrievalSettings(Section):
     top_k_max: Count = Field(100, description="Largest number of papers per query that is accepted.")
     max_queries: Count = Field(512, description="Most queries in one request.")
     max_query_chars: Count = Field(2000, description="Longest query, in characters.")
+    queue_queries: Count = Field(2048, description="Most queries that wait for the search thread; more get a 503.")
 
 
 class SglangSettings(Section):
@@ -135,7 +136,10 @@ class SolverSettings(Section):
     url: str = Field("http://127.0.0.1:8001", description="Where clients find the service.")
     context_tokens: int = Field(3072, ge=256, description="Most tokens of prompt and answer together.")
     max_running: Count = Field(64, description="Most requests generated at once; the rest wait in the queue.")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("bfloat16", description="Precision of the weights.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "bfloat16", description="Precision of the weights; on a CPU `auto` is bfloat16 where the processor has it."
+    )
+    max_waiting: Count = Field(1024, description="Most requests running and waiting; more are refused with 503.")
     threads: int = Field(0, ge=0, description="CPU threads of the transformers engine; 0 lets torch decide.")
     sglang: SglangSettings = SglangSettings()
 
@@ -169,14 +173,18 @@ class ActorSettings(Section):
     micro_batch: Count = Field(2, description="Sequences per forward and backward pass on one device.")
     attention: str = Field("sdpa", description="transformers attention implementation of the trained model.")
     master_dtype: Literal["float32", "bfloat16"] = Field("float32", description="Precision of the stored weights.")
-    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Precision of the forward and backward pass.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "bfloat16", description="Precision of the forward and backward pass; `auto` as for the solver."
+    )
     gradient_checkpointing: bool = Field(True, description="Trade compute for memory in the backward pass.")
     offload: bool = Field(False, description="Keep parameters and optimizer state in host memory between phases.")
     lora_rank: int = Field(0, ge=0, description="Rank of LoRA adapters; 0 trains all weights.")
     gpus: Count = Field(1, description="Devices on this node (1 on a CPU).")
     nodes: Count = Field(1, description="Nodes of the Ray cluster.")
     gpu_memory_utilization: Share = Field(0.35, description="Share of GPU memory for the rollout engine.")
-    rollout_dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Precision of the rollout weights.")
+    rollout_dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "bfloat16", description="Precision of the rollout weights; `auto` as for the solver."
+    )
     rollout_threads: int = Field(0, ge=0, description="CPU threads of the transformers rollout; 0 lets torch decide.")
 
 
@@ -214,6 +222,8 @@ class TrainerSettings(Section):
         180.0, description="How long a call waits for search or solver to come back before the run stops, in seconds."
     )
     stall_s: Seconds = Field(1800.0, description="Training without any sign of progress for so long is stopped.")
+    object_store_gb: float = Field(8.0, gt=0, description="Shared memory of Ray's object store, in GB.")
+    restarts: int = Field(2, ge=0, description="How often training that crashed is resumed before the run stops.")
     actor: ActorSettings = ActorSettings()
     reward: RewardSettings = RewardSettings()
 

@@ -1,0 +1,78 @@
+"""Where the files of a run lie: one place for every path below `runs/<run>/<iteration>/`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from shared.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class RunPaths:
+    """Paths of one iteration of a run; `kept` is in data, `work` in scratch."""
+
+    kept: Path
+    work: Path
+    corpus: Path
+    index: Path
+
+    @property
+    def seeds(self) -> Path:
+        """Artifact: train.parquet and held_out.parquet."""
+        return self.kept / "seeds"
+
+    @property
+    def training(self) -> Path:
+        """Artifact: rollouts.jsonl, metrics.jsonl and held_out.jsonl of a finished training."""
+        return self.kept / "training"
+
+    @property
+    def weights(self) -> Path:
+        """Artifact: the trained model as plain Hugging Face files."""
+        return self.kept / "weights"
+
+    @property
+    def evaluation(self) -> Path:
+        """Artifact: evaluation.json."""
+        return self.kept / "evaluation"
+
+    @property
+    def report(self) -> Path:
+        """Artifact: report.html."""
+        return self.kept / "report"
+
+    @property
+    def checkpoints(self) -> Path:
+        """verl's checkpoints: global_step_<n>/."""
+        return self.work / "checkpoints"
+
+    @property
+    def log(self) -> Path:
+        """What rollout and reward workers append while training runs, and verl's own log."""
+        return self.work / "log"
+
+    @property
+    def tools_file(self) -> Path:
+        """verl's list of tools."""
+        return self.work / "tools.yaml"
+
+    @property
+    def agents_file(self) -> Path:
+        """verl's list of agent loops."""
+        return self.work / "agents.yaml"
+
+    @property
+    def outage(self) -> Path:
+        """Written by a worker that gave up on a service; ends the training."""
+        return self.work / "outage.json"
+
+
+def run_paths(settings: Settings, iteration: int = 1) -> RunPaths:
+    """The paths of an iteration of the settings' run, all absolute."""
+    place = Path(settings.trainer.run) / str(iteration)
+    data = settings.storage.data_dir.absolute()
+    return RunPaths(
+        kept=data / "runs" / place,
+        work=settings.storage.scratch_dir.absolute() / "runs" / place,
+        corpus=data / "corpus",
+        index=data / "index",
+    )

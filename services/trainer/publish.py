@@ -1,0 +1,72 @@
+"""Stage `publish`: the newest checkpoint → `weights/`, plain Hugging Face files that any server loads.
+
+verl has written the weights in bf16 beside its shards; they are copied as an artifact with hashes, and how far they
+are from the base model is measured, because a training that changed nothing must not look like one that did.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from services.trainer.checkpoints import newest_checkpoint
+from services.trainer.paths import RunPaths
+from shared.files import ArtifactError, publish, read_manifest, stale_reason
+from shared.model_files import resolve_model
+from shared.settings import Settings
+
+
+def publish_weights(settings: Settings, paths: RunPaths, log: structlog.stdlib.BoundLogger) -> None:
+    """Publish the trained weights unless the current ones are there."""
+    origin = {"training": read_manifest(paths.training).identity}
+    reason = stale_reason(paths.weights, settings={}, made_from=origin)
+    if reason is None:
+        log.info("weights reused", path=str(paths.weights))
+        return
+    newest = newest_checkpoint(paths.checkpoints)
+    if newest is None or newest[0] != settings.trainer.steps:
+        raise ArtifactError(
+            f"expected the checkpoint of step {settings.trainer.steps} in {paths.checkpoints}, found "
+            f"{newest[0] if newest else 'none'}; delete {paths.training} and run the stage train again"
+        )
+    base = resolve_model(settings.trainer.actor.model, settings)
+    with publish(paths.weights, settings={}, made_from=origin) as draft:
+        for file in sorted((newest[1] / "actor" / "huggingface").iterdir()):
+            shutil.copyfile(file, draft.path / file.name)
+        change = weight_change(Path(base), draft.path)
+        (draft.path / "change.json").write_text(json.dumps(change, indent=2) + "\n", encoding="utf-8")
+        draft.rows = 1
+    log.info("weights published", path=str(paths.weights), **change)
+
+
+def weight_change(base: Path, trained: Path) -> dict[str, float | int]:
+    """How the trained weights differ from the base, both as bf16: share of tensors and of values, relative L2 norm."""
+    import torch
+
+    old, new = load_tensors(base), load_tensors(trained)
+    tensors = values = changed_tensors = changed_values = 0
+    distance = norm = 0.0
+    for name in sorted(set(old) & set(new)):
+        before, after = old[name].to(torch.bfloat16), new[name].to(torch.bfloat16)
+        different = int((before != after).sum())
+        tensors += 1
+        values += before.numel()
+        changed_tensors += different > 0
+        changed_values += different
+        distance += float((after.float() - before.float()).square().sum())
+        norm += float(before.float().square().sum())
+    return {
+        "tensors": tensors,
+        "changed_tensors": changed_tensors,
+        "changed_share": changed_values / max(values, 1),
+        "relative_change": (distance / norm) ** 0.5 if norm else 0.0,
+    }
+
+
+def load_tensors(folder: Path) -> dict[str, Any]:
+    """All tensors of a folder's safetensors files; empty for a Hugging Face id that is no folder."""
+    from safetensors.torch import load_file
+
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}

@@ -1,0 +1,67 @@
+"""What a training has written so far: verdicts of the reward workers and metrics of verl, readable while it runs.
+
+Each reward worker appends to a file of its own, each attempt of verl to another metrics file. A last line that a kill
+has cut off is skipped. Before a resume, `compact` drops the verdicts of steps that will be repeated.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from shared.files import write_atomically
+
+Verdict = dict[str, Any]
+NOT_PARTS = frozenset({"time", "step", "index", "hop"})
+TRAIN, HELD_OUT = "train", "held_out"
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The complete JSON lines of a file."""
+    with path.open(encoding="utf-8") as stream:
+        for line in stream:
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+
+def read_verdicts(log: Path, split: str) -> dict[int, list[Verdict]]:
+    """Verdicts of a split by step, in the order of their seeds."""
+    by_step: dict[int, list[Verdict]] = defaultdict(list)
+    for path in sorted(log.glob("verdicts-*.jsonl")):
+        for verdict in read_lines(path):
+            if verdict["split"] == split:
+                by_step[verdict["step"]].append(verdict)
+    return {step: sorted(by_step[step], key=lambda v: (v["index"], v["time"])) for step in sorted(by_step)}
+
+
+def compact(log: Path, *, through: int, held_out: int) -> None:
+    """Keep the verdicts of training steps ≤ `through` and of complete validations of `held_out` rows, drop the rest."""
+    kept = [v for step, rows in read_verdicts(log, TRAIN).items() if step <= through for v in rows]
+    validations = read_verdicts(log, HELD_OUT).items()
+    kept += [v for step, rows in validations if step <= through and len(rows) == held_out for v in rows]
+    old = list(log.glob("verdicts-*.jsonl"))
+    lines = "".join(json.dumps(verdict, ensure_ascii=False) + "\n" for verdict in kept)
+    write_atomically(log / "kept.jsonl", lines)
+    for path in old:
+        path.unlink()
+    (log / "kept.jsonl").replace(log / "verdicts-0.jsonl")
+
+
+def read_metrics(log: Path) -> dict[int, dict[str, float]]:
+    """verl's metrics by step, from the logs of all attempts; the newest attempt counts."""
+    merged: dict[int, dict[str, float]] = {}
+    for path in sorted(log.glob("metrics-*.jsonl")):
+        for line in read_lines(path):
+            merged.setdefault(line["step"], {}).update(line["data"])
+    return dict(sorted(merged.items()))
+
+
+def mean_parts(verdicts: Iterable[Verdict]) -> dict[str, float]:
+    """The mean of every number in the verdicts, by name."""
+    values: dict[str, list[float]] = defaultdict(list)
+    for verdict in verdicts:
+        for name, value in verdict.items():
+            if name not in NOT_PARTS and isinstance(value, float | int):
+                values[name].append(float(value))
+    return {name: sum(numbers) / len(numbers) for name, numbers in values.items()}

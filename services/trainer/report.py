@@ -1,0 +1,150 @@
+"""Stage `report`: the run's artifacts → one self-contained `report.html`.
+
+Curves, held-out results before and after, sample questions with their papers and the solver's answers, and what ran
+for how long. No script, no outside resource; all text of models and papers is escaped.
+"""
+
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from services.trainer.paths import RunPaths
+from services.trainer.records import TRAIN, Verdict, mean_parts, read_lines
+from shared.corpus import Corpus
+from shared.files import hash_file, publish, read_manifest, stale_reason
+from shared.settings import Settings
+
+TEMPLATE = Path(__file__).parent / "report.html.j2"
+SAMPLES = 6
+PARTS = (
+    ("score", "reward 0.5·F + D"),
+    ("format", "format score F"),
+    ("difficulty", "difficulty D"),
+    ("format_think", "thinks first"),
+    ("format_tool", "searches as asked"),
+    ("format_question", "question stands"),
+    ("format_answer", "answer in the evidence"),
+    ("searches_made", "searches with papers"),
+    ("attempts_made", "solver attempts"),
+    ("attempts_correct", "right attempts"),
+)
+TIMES = (
+    ("timing_s/gen", "rollouts, searches and reward"),
+    ("timing_s/old_log_prob", "log-probabilities"),
+    ("timing_s/update_actor", "update"),
+    ("timing_s/update_weights", "weights to the rollout"),
+    ("timing_s/save_checkpoint", "checkpoint"),
+    ("timing_s/testing", "validation"),
+    ("timing_s/step", "whole step"),
+)
+
+
+def write_report(settings: Settings, paths: RunPaths, log: structlog.stdlib.BoundLogger) -> None:
+    """Write report.html unless the current one is there."""
+    origin = {
+        "training": read_manifest(paths.training).identity,
+        "evaluation": read_manifest(paths.evaluation).identity,
+        "template": hash_file(TEMPLATE),
+    }
+    if stale_reason(paths.report, settings={}, made_from=origin) is None:
+        log.info("report reused", path=str(paths.report))
+        return
+    with publish(paths.report, settings={}, made_from=origin) as draft:
+        (draft.path / "report.html").write_text(render(settings, paths), encoding="utf-8")
+        draft.rows = 1
+    log.info("report written", path=str(paths.report / "report.html"))
+
+
+def render(settings: Settings, paths: RunPaths) -> str:
+    """The page."""
+    import jinja2
+
+    rollouts = list(read_lines(paths.training / "rollouts.jsonl"))
+    metrics = list(read_lines(paths.training / "metrics.jsonl"))
+    steps = by_step(rollouts)
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    corpus = Corpus(paths.corpus)
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        run=settings.trainer.run,
+        profile=settings.profile,
+        model=settings.trainer.actor.model,
+        solver=settings.solver.model,
+        papers=len(corpus),
+        rollouts=len(rollouts),
+        searched=sum(v["searches_made"] > 0 for v in rollouts),
+        evaluation=json.loads((paths.evaluation / "evaluation.json").read_text(encoding="utf-8")),
+        parts=PARTS,
+        reward_plot=plot(sorted(steps), curves(steps), "step", ""),
+        loss_plot=plot(*learning_curves(metrics), "step", ""),
+        samples=[sample(v, corpus) for v in best(rollouts)],
+        stages=stage_times(paths),
+        times=[(label, [m.get(key) for m in metrics if "timing_s/step" in m]) for key, label in TIMES],
+        step_numbers=[m["step"] for m in metrics if "timing_s/step" in m],
+        settings=settings.model_dump(mode="json"),
+    )
+
+
+def by_step(verdicts: Sequence[Verdict]) -> dict[int, list[Verdict]]:
+    """Training verdicts grouped by step."""
+    steps: dict[int, list[Verdict]] = {}
+    for verdict in verdicts:
+        if verdict["split"] == TRAIN:
+            steps.setdefault(verdict["step"], []).append(verdict)
+    return steps
+
+
+def curves(steps: dict[int, list[Verdict]]) -> dict[str, list[float]]:
+    """Mean reward, F and D per step."""
+    means = [mean_parts(steps[step]) for step in sorted(steps)]
+    return {label: [m[name] for m in means] for name, label in PARTS[:3]}
+
+
+def learning_curves(metrics: Sequence[dict[str, Any]]) -> tuple[list[int], dict[str, list[float]]]:
+    """Steps, and verl's entropy, gradient norm and response length per step."""
+    rows = [m for m in metrics if "actor/grad_norm" in m]
+    keys = (("actor/grad_norm", "gradient norm"), ("actor/entropy", "entropy"))
+    return [m["step"] for m in rows], {label: [m[key] for m in rows] for key, label in keys if rows and key in rows[0]}
+
+
+def best(rollouts: Sequence[Verdict]) -> list[Verdict]:
+    """The most telling rollouts: those with a question and an answer, highest reward first."""
+    asked = [v for v in rollouts if v["question"] and v["answer"]]
+    return sorted(asked or rollouts, key=lambda v: (v["score"], v["searches_made"]), reverse=True)[:SAMPLES]
+
+
+def sample(verdict: Verdict, corpus: Corpus) -> dict[str, Any]:
+    """A rollout with the papers it started from and found."""
+    found = [pmid for search in verdict["searches"] for pmid in search["pmids"]]
+    papers = [corpus.find(pmid) for pmid in dict.fromkeys([verdict["pmid"], *found])]
+    return {**verdict, "papers": [paper for paper in papers if paper is not None]}
+
+
+def stage_times(paths: RunPaths) -> list[tuple[str, int, float]]:
+    """Artifact, rows and seconds of every stage that has finished."""
+    made = (paths.corpus, paths.index, paths.seeds, paths.training, paths.weights, paths.evaluation)
+    return [(m.artifact, m.rows, m.seconds) for m in map(read_manifest, made)]
+
+
+def plot(x: Sequence[int], lines: dict[str, list[float]], x_label: str, y_label: str) -> str:
+    """An SVG of some lines; "" when there is nothing to draw."""
+    if not x or not lines:
+        return ""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(7, 3), layout="constrained")
+    axes = figure.add_subplot()
+    for label, values in lines.items():
+        axes.plot(x, values, marker="o", markersize=3, label=label)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    text = io.StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None})
+    return text.getvalue()[text.getvalue().index("<svg") :]

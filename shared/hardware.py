@@ -1,0 +1,51 @@
+"""What this machine can do, read without torch: processors, memory, bf16, NVIDIA cards."""
+
+import os
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """One NVIDIA GPU as nvidia-smi names it."""
+
+    name: str
+    driver: str
+    memory_gb: float
+    free_gb: float
+    compute: float
+
+
+def cpu_dtype(wanted: str) -> str:
+    """`auto` → bfloat16 where the processor multiplies it natively (AMX, AVX512-BF16), else float32."""
+    if wanted != "auto":
+        return wanted
+    info = Path("/proc/cpuinfo")
+    flags = info.read_text(encoding="utf-8") if info.is_file() else ""
+    return "bfloat16" if "amx_bf16" in flags or "avx512_bf16" in flags else "float32"
+
+
+def memory_gb() -> tuple[float, float]:
+    """Total and available memory in GB, the limit of our container included."""
+    info = Path("/proc/meminfo")
+    if not info.is_file():
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+        return total, total
+    fields = {line.split(":")[0]: float(line.split()[1]) / 1e6 for line in info.read_text().splitlines()}
+    return fields["MemTotal"], fields["MemAvailable"]
+
+
+def cards() -> list[Card]:
+    """The NVIDIA GPUs of this machine; empty when there is no driver."""
+    fields = "name,driver_version,memory.total,memory.free,compute_cap"
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+    try:
+        lines = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
+        return []
+    found = []
+    for line in lines:
+        name, driver, total, free, compute = (part.strip() for part in line.split(","))
+        found.append(Card(name, driver, float(total) / 1024, float(free) / 1024, float(compute)))
+    return found
