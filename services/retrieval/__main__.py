@@ -1,0 +1,57 @@
+"""The search service as a process: `python -m services.retrieval`.
+
+Listens at once, loads in the background (/ready says when), ends with one sentence and a non-zero status when the
+index is missing or made from something else, and on SIGTERM finishes the requests in flight first.
+"""
+
+import errno
+import signal
+import socket
+import sys
+
+import structlog
+import uvicorn
+
+from services.retrieval.app import create_app
+from shared.command import UsageError, run
+from shared.settings import RetrievalSettings, Settings
+
+GRACE_S = 10  # a container is killed 10 s after SIGTERM, by default
+
+
+def listen(where: RetrievalSettings) -> socket.socket:
+    """A listening socket; UsageError when the port is taken."""
+    family = socket.AF_INET6 if ":" in where.host else socket.AF_INET
+    try:
+        return socket.create_server((where.host, where.port), family=family, backlog=2048)
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        raise UsageError(
+            f"port {where.port} of {where.host} is in use; stop what listens there or set DRZERO_RETRIEVAL__PORT "
+            "(and DRZERO_RETRIEVAL__URL for the clients)"
+        ) from error
+
+
+def main(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
+    """Serve until SIGTERM or SIGINT; raises what kept the searcher from opening."""
+    listener = listen(settings.retrieval)
+    failures: list[BaseException] = []
+
+    def give_up(error: BaseException) -> None:
+        failures.append(error)
+        server.should_exit = True
+
+    app = create_app(settings, on_failure=give_up)
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=GRACE_S))
+    # uvicorn repeats the signal after its graceful end; without this the status would be "killed by SIGTERM".
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    log.info("listening", address=f"http://{settings.retrieval.host}:{settings.retrieval.port}", docs="/docs")
+    server.run(sockets=[listener])
+    if failures:
+        raise failures[0]
+    log.info("stopped")
+
+
+if __name__ == "__main__":
+    raise SystemExit(run("retrieval", main))

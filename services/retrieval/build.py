@@ -1,0 +1,80 @@
+"""Corpus → `<data>/index`: every paper's text embedded, in corpus order. Run: `python -m services.retrieval.build`.
+
+A finished index that follows the current settings and corpus is kept, and the command says so. The new index becomes
+visible in one step when it is complete; a killed build leaves the old one.
+"""
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+
+import numpy as np
+import structlog
+
+from services.retrieval.encoder import Encoder, identify
+from services.retrieval.index import FlatIndex
+from services.retrieval.recipe import corpus_folder, index_folder, recipe
+from shared.command import UsageError, run
+from shared.corpus import Corpus
+from shared.files import publish, require_free_space, stale_reason
+from shared.progress import Progress
+from shared.records import Paper
+from shared.settings import Settings
+
+BATCHES_PER_CHUNK = 16  # texts are sorted by length within a chunk; longer chunks hardly save more padding
+
+
+def build(settings: Settings, log: structlog.stdlib.BoundLogger) -> bool:
+    """Make the index unless the published one is current; True when it was made.
+
+    Raises ArtifactError (no corpus, no model, no disk), UsageError (empty corpus).
+    """
+    corpus = Corpus(corpus_folder(settings))
+    target = index_folder(settings)
+    wanted = recipe(corpus.manifest, identify(settings))
+    stale = stale_reason(target, settings=wanted.settings, made_from=wanted.made_from)
+    if stale is None:
+        log.info("index is current and is kept", index=str(target), papers=len(corpus))
+        return False
+    if not len(corpus):
+        raise UsageError(f"the corpus {corpus.path} holds no papers, expected at least one; ingest some first")
+    log.info("building the index", reason=stale, papers=len(corpus), encoder=settings.retrieval.encoder.model)
+    require_free_space(target, settings.storage.min_free_gb)
+    with publish(target, settings=wanted.settings, made_from=wanted.made_from) as draft:
+        index = embed(corpus, Encoder(settings), settings)
+        index.write(draft.path)
+        draft.rows = len(index)
+        draft.counts = {"papers": len(corpus), "dim": index.dim}
+    log.info("index is complete", index=str(target), papers=len(index), dim=index.dim)
+    return True
+
+
+def embed(corpus: Corpus, encoder: Encoder, settings: Settings) -> FlatIndex:
+    """The index of all papers, row i for paper i."""
+    index = FlatIndex.empty(encoder.dim)
+    with Progress("index", settings, total=len(corpus)) as progress:
+        for papers in chunks(corpus, encoder.batch_size * BATCHES_PER_CHUNK):
+            vectors = encoder.encode([paper.text for paper in papers])
+            if not np.isfinite(vectors).all():
+                raise UsageError(
+                    f"the encoder gave vectors that are not numbers at precision {settings.retrieval.encoder.dtype}; "
+                    "set DRZERO_RETRIEVAL__ENCODER__DTYPE=float32"
+                )
+            index.add(vectors)
+            progress.advance(len(papers))
+    return index
+
+
+def chunks(papers: Iterable[Paper], size: int) -> Iterator[list[Paper]]:
+    """Lists of `size` papers in order; the last may be shorter."""
+    rest = iter(papers)
+    while chunk := list(islice(rest, size)):
+        yield chunk
+
+
+def main(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
+    """The command."""
+    build(settings, log)
+
+
+if __name__ == "__main__":
+    raise SystemExit(run("retrieval.build", main))
