@@ -156,6 +156,7 @@ class RewardSettings(Section):
     max_turns: Count = Field(5, description="Most assistant turns of one solver attempt.")
     max_new_tokens: Count = Field(512, description="Most new tokens per turn of a solver attempt.")
     max_tool_chars: Count = Field(4000, description="Longest search result shown to the solver, in characters.")
+    worked_examples: int = Field(0, ge=0, le=2, description="Worked examples shown to the solver as earlier turns.")
     concurrency: Count = Field(64, description="Solver attempts in flight at once.")
 
 
@@ -208,6 +209,7 @@ class TrainerSettings(Section):
     response_tokens: Count = Field(2560, description="Longest rollout, tool results included.")
     max_turns: Count = Field(5, description="Most assistant turns of a rollout.")
     temperature: float = Field(1.0, ge=0, description="Sampling temperature of the rollouts.")
+    worked_examples: int = Field(0, ge=0, le=2, description="Worked examples shown to the proposer as earlier turns.")
     guided_tool_call: bool = Field(
         False, description="On the first turn of a prompt with more than one hop, decode only well-formed search calls."
     )

@@ -8,7 +8,7 @@ import asyncio
 import time
 from typing import Any
 
-from services.trainer.protocol import SEARCH_TOOL, render_results, solver_prompt
+from services.trainer.protocol import SEARCH_TOOL, render_results, solver_messages
 from shared.clients import SearchClient, SolverClient
 from shared.records import Attempt, Hit
 from shared.settings import RewardSettings
@@ -31,7 +31,8 @@ class Attempts:
         return await asyncio.gather(*[self._attempt(question, top_k) for _ in range(count)])
 
     async def _attempt(self, question: str, top_k: int) -> Attempt:
-        messages: list[dict[str, Any]] = [{"role": "user", "content": solver_prompt(question)}]
+        messages = solver_messages(question, self._settings.worked_examples)
+        before = len(messages)
         started = time.monotonic()
         searches = 0
         pmids: list[str] = []
@@ -52,7 +53,7 @@ class Attempts:
                 searches += 1
                 pmids += [hit.paper.pmid for hits in results for hit in hits]
                 messages.append({"role": "tool", "content": self._render(queries, results)})
-        written = "\n".join(m["content"] for m in messages if m["role"] == "assistant")
+        written = "\n".join(m["content"] for m in messages[before:] if m["role"] == "assistant")
         return Attempt(
             answer=last_tag(written, "answer"),
             ended=ended,

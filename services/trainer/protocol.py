@@ -4,6 +4,7 @@ The prompts are the files of `prompts/`; their content hash is part of every man
 """
 
 import hashlib
+import json
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -38,25 +39,49 @@ GUIDED_CALL = (
 )
 
 
+Message = dict[str, Any]
+
+
 @cache
-def prompt_text(name: str) -> str:
-    """The template of `proposer` or `solver`."""
-    return (PROMPTS / f"{name}.md").read_text(encoding="utf-8")
+def prompt_file(name: str) -> str:
+    """The text of one file of `prompts/`."""
+    return (PROMPTS / name).read_text(encoding="utf-8").strip()
 
 
-def prompt_hash(name: str) -> str:
-    """sha256 of a prompt file: its version in manifests."""
-    return hashlib.sha256(prompt_text(name).encode()).hexdigest()
+def prompt_hash(role: str) -> str:
+    """sha256 over the prompt files of `proposer` or `solver`: their version in manifests."""
+    files = (f"{role}_system.md", f"{role}.md", f"{role}_examples.json")
+    return hashlib.sha256("\0".join(map(prompt_file, files)).encode()).hexdigest()
 
 
-def proposer_prompt(seed: Seed) -> str:
-    """The user message that asks for a question of `seed.hop` hops."""
-    return prompt_text("proposer").format(hop=seed.hop, searches=seed.hop - 1, pmid=seed.pmid, document=seed.document)
+def conversation(role: str, request: str, *, first: str, examples: int) -> list[Message]:
+    """System message, worked examples as earlier turns, and the request.
+
+    Small models follow a form they have seen in a conversation far better than one that is described to them. The
+    example next to the request is always the plain one; with two, `first` names the other ("search" or "direct").
+    """
+    worked = json.loads(prompt_file(f"{role}_examples.json"))
+    shown = [worked[first], worked["last"]][2 - examples :]
+    turns: list[Message] = [message for example in shown for message in example]
+    return [
+        {"role": "system", "content": prompt_file(f"{role}_system.md")},
+        *turns,
+        {"role": "user", "content": request},
+    ]
 
 
-def solver_prompt(question: str) -> str:
-    """The user message that asks for an answer."""
-    return prompt_text("solver").format(question=question)
+def proposer_messages(seed: Seed, examples: int) -> list[Message]:
+    """The conversation that asks for a question of `seed.hop` hops."""
+    request = prompt_file("proposer.md").format(
+        hop=seed.hop, searches=seed.hop - 1, pmid=seed.pmid, document=seed.document
+    )
+    return conversation("proposer", request, first="search" if seed.hop > 1 else "direct", examples=examples)
+
+
+def solver_messages(question: str, examples: int) -> list[Message]:
+    """The conversation that asks for an answer."""
+    request = prompt_file("solver.md").format(question=question)
+    return conversation("solver", request, first="search", examples=examples)
 
 
 def render_results(queries: Sequence[str], results: Sequence[Sequence[Hit]], max_chars: int) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import structlog
 
 from services.trainer.paths import RunPaths
-from services.trainer.protocol import AGENT, prompt_hash, proposer_prompt
+from services.trainer.protocol import AGENT, prompt_hash, proposer_messages
 from shared.command import UsageError
 from shared.corpus import Corpus
 from shared.files import publish, read_manifest, stale_reason
@@ -35,7 +35,8 @@ def make_seeds(settings: Settings, paths: RunPaths, log: structlog.stdlib.BoundL
     train, held_out = draw_seeds(Corpus(paths.corpus), trainer, cut)
     with publish(paths.seeds, settings=shape, made_from=origin) as draft:
         for name, seeds in (("train", train), ("held_out", held_out)):
-            write_rows([seed_row(seed, name) for seed in seeds], str(draft.path / f"{name}.parquet"))
+            rows = [seed_row(seed, name, trainer.worked_examples) for seed in seeds]
+            write_rows(rows, str(draft.path / f"{name}.parquet"))
         draft.rows = len(train) + len(held_out)
         draft.counts = {"train": len(train), "held_out": len(held_out)}
     log.info("seeds drawn", **draft.counts)
@@ -43,7 +44,7 @@ def make_seeds(settings: Settings, paths: RunPaths, log: structlog.stdlib.BoundL
 
 def seed_settings(trainer: TrainerSettings) -> dict[str, Any]:
     """The settings that shape the seeds."""
-    names = ("seed", "seeds", "eval_seeds", "min_abstract_words", "document_tokens", "hop_ratio")
+    names = ("seed", "seeds", "eval_seeds", "min_abstract_words", "document_tokens", "hop_ratio", "worked_examples")
     return {name: getattr(trainer, name) for name in names} | {"model": trainer.actor.model}
 
 
@@ -84,13 +85,13 @@ def spread_hops(count: int, ratio: Sequence[int]) -> list[int]:
     return [hop for _, hop in sorted(places)]
 
 
-def seed_row(seed: Seed, split: str) -> dict[str, Any]:
+def seed_row(seed: Seed, split: str, examples: int) -> dict[str, Any]:
     """One row in verl's columns; `need_tools_kwargs` and friends keep other readers of this format working."""
     source = f"search_biomedical_{seed.hop}"
     create = {"ground_truth": "", "question": "", "data_source": source}
     return {
         "data_source": source,
-        "prompt": [{"role": "user", "content": proposer_prompt(seed)}],
+        "prompt": proposer_messages(seed, examples),
         "ability": "propose",
         "agent_name": AGENT,
         "reward_model": {"style": "rule", "ground_truth": ""},

@@ -148,7 +148,7 @@ def child(overrides: list[str], paths: RunPaths) -> Iterator[subprocess.Popen[by
     """verl in a process group of its own; the group is ended when the block ends."""
     metrics = paths.log / f"metrics-{time.time_ns()}.jsonl"
     environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "VERL_USE_EXTERNAL_MODULES": "services.trainer.plugin",
         "VERL_FILE_LOGGER_PATH": str(metrics),
         "HYDRA_FULL_ERROR": "1",
