@@ -163,14 +163,9 @@ class GrammarMasks:
     """Token masks of guided requests, as one more per-request processor of transformers' continuous batching."""
 
     def __init__(self, tokenizer: Any, vocab_size: int) -> None:
-        import xgrammar
-
-        self._xgrammar = xgrammar
-        info = xgrammar.TokenizerInfo.from_huggingface(
-            tokenizer, vocab_size=vocab_size, stop_token_ids=[tokenizer.eos_token_id]
-        )
-        self._compiler = xgrammar.GrammarCompiler(info, max_threads=1)
+        self._tokenizer = tokenizer
         self._vocab_size = vocab_size
+        self._compiler: Any = None  # made at the first guided request: a server without any needs no xgrammar
         self._matchers: dict[str, tuple[Any, int]] = {}  # request → (matcher, tokens it has accepted)
         self._bitmask: Any = None
 
@@ -216,24 +211,40 @@ class GrammarMasks:
                 marks[-1] = len(guided)
             rows.extend(marks)
         if guided:
-            self._bitmask = self._xgrammar.allocate_token_bitmask(len(guided), self._vocab_size)
+            from xgrammar import allocate_token_bitmask
+
+            self._bitmask = allocate_token_bitmask(len(guided), self._vocab_size)
             for index, matcher in enumerate(guided):
                 matcher.fill_next_token_bitmask(self._bitmask, index)
         return torch.tensor(rows, dtype=torch.int32)
 
     def apply(self, scores: "torch.Tensor", marks: "torch.Tensor") -> "torch.Tensor":
         """Set the logits of forbidden tokens to -inf. scores: [tokens, vocabulary], marks: [≥ tokens]."""
-        for position in marks[: scores.size(0)].nonzero().flatten().tolist():
-            row = int(marks[position]) - 1
-            self._xgrammar.apply_token_bitmask_inplace(
-                scores[position : position + 1], self._bitmask[row : row + 1], backend="cpu"
-            )
+        positions = marks[: scores.size(0)].nonzero().flatten().tolist()
+        if positions:
+            from xgrammar import apply_token_bitmask_inplace
+
+            for position in positions:
+                row = int(marks[position]) - 1
+                mask = self._bitmask[row : row + 1]
+                apply_token_bitmask_inplace(scores[position : position + 1], mask, backend="cpu")
         return scores
+
+    def _grammar_compiler(self) -> Any:
+        if self._compiler is None:
+            from xgrammar import GrammarCompiler, TokenizerInfo
+
+            end = [self._tokenizer.eos_token_id]
+            info = TokenizerInfo.from_huggingface(self._tokenizer, vocab_size=self._vocab_size, stop_token_ids=end)
+            self._compiler = GrammarCompiler(info, max_threads=1)
+        return self._compiler
 
     def _advance(self, state: Any, regex: str) -> Any:
         matcher, accepted = self._matchers.get(state.request_id, (None, 0))
         if matcher is None:
-            matcher = self._xgrammar.GrammarMatcher(self._compiler.compile_regex(regex))
+            from xgrammar import GrammarMatcher
+
+            matcher = GrammarMatcher(self._grammar_compiler().compile_regex(regex))
         for token in state.generated_tokens[accepted:]:
             matcher.accept_token(token)
         self._matchers[state.request_id] = (matcher, len(state.generated_tokens))

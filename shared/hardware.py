@@ -5,6 +5,12 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+# Limit, use and reclaimable cache of a container's memory, under /sys/fs/cgroup: version 2, then version 1.
+CONTAINER_MEMORY = (
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Card:
@@ -26,14 +32,23 @@ def cpu_dtype(wanted: str) -> str:
     return "bfloat16" if "amx_bf16" in flags or "avx512_bf16" in flags else "float32"
 
 
-def memory_gb() -> tuple[float, float]:
+def memory_gb(root: Path = Path("/")) -> tuple[float, float]:
     """Total and available memory in GB, the limit of our container included."""
-    info = Path("/proc/meminfo")
+    info = root / "proc/meminfo"
     if not info.is_file():
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
         return total, total
-    fields = {line.split(":")[0]: float(line.split()[1]) / 1e6 for line in info.read_text().splitlines()}
-    return fields["MemTotal"], fields["MemAvailable"]
+    fields = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in info.read_text().splitlines()}
+    total, available = fields["MemTotal"] / 1e9, fields["MemAvailable"] / 1e9
+    for limit, used, cache in CONTAINER_MEMORY:
+        files = [root / "sys/fs/cgroup" / name for name in (limit, used)]
+        if not all(file.is_file() for file in files) or (given := files[0].read_text().strip()) == "max":
+            continue
+        stat = dict(line.split() for line in (files[0].parent / "memory.stat").read_text().splitlines())
+        # File cache that is given back on demand counts as used in a container.
+        taken = int(files[1].read_text()) - int(stat.get(cache, 0))
+        total, available = min(total, int(given) / 1e9), min(available, (int(given) - taken) / 1e9)
+    return total, available
 
 
 def cards() -> list[Card]:

@@ -26,7 +26,10 @@ def resolve_model(reference: str, settings: Settings) -> str:
 def package_file(reference: str) -> Path:
     """The file or folder that `package:<module>/<path>` names."""
     module, _, inside = reference.removeprefix(PACKAGE).partition("/")
-    spec = importlib.util.find_spec(module)
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):  # no parent package, or no name at all
+        spec = None
     if spec is None or spec.origin is None:
         raise ArtifactError(
             f"expected the Python package {module} (it ships the model {reference}), found none; "

@@ -22,6 +22,7 @@ PROFILE_DIR = Path(__file__).parent / "profiles"
 
 Port = Annotated[int, Field(ge=1, le=65535)]
 Count = Annotated[int, Field(ge=1)]
+Weight = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
 
@@ -33,7 +34,7 @@ class SettingsError(ValueError):
 class Section(BaseModel):
     """A frozen group of settings; unknown keys are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class StorageSettings(Section):
@@ -121,6 +122,7 @@ class SglangSettings(Section):
     cuda_graph_max_bs: Count = Field(32, description="Largest batch captured as a CUDA graph; small starts fast.")
     attention_backend: str = Field("triton", description="SGLang attention kernels; triton needs no extra wheel.")
     sampling_backend: str = Field("pytorch", description="SGLang sampling kernels.")
+    grammar_backend: str = Field("llguidance", description="SGLang's engine of guided decoding.")
 
 
 class SolverSettings(Section):
@@ -200,7 +202,9 @@ class TrainerSettings(Section):
     eval_seeds: Count = Field(32, description="Held-out seed papers, disjoint from the training seeds.")
     min_abstract_words: int = Field(100, ge=0, description="Shorter abstracts are no seeds.")
     document_tokens: Count = Field(256, description="The seed document in the prompt is cut to this many tokens.")
-    hop_ratio: tuple[int, int, int, int] = Field((4, 3, 2, 1), description="Seeds with 1, 2, 3 and 4 hops.")
+    hop_ratio: tuple[Weight, Weight, Weight, Weight] = Field(
+        (4, 3, 2, 1), description="Seeds with 1, 2, 3 and 4 hops; not all 0."
+    )
     steps: Count = Field(50, description="Optimizer steps.")
     prompts_per_step: Count = Field(256, description="Seed prompts per step.")
     rollouts_per_prompt: Count = Field(1, description="Rollouts per prompt: the group size of GRPO.")
@@ -218,6 +222,7 @@ class TrainerSettings(Section):
     search_top_k: Count = Field(3, description="Papers per search query in rollouts.")
     agent_workers: Count = Field(4, description="verl processes that drive rollouts.")
     reward_workers: Count = Field(2, description="verl processes that compute rewards.")
+    storage_units: Count = Field(8, description="verl processes that hold rollouts between phases.")
     save_every: Count = Field(10, description="Steps between checkpoints.")
     keep_checkpoints: Count = Field(2, description="Checkpoints kept; older ones are deleted.")
     patience_s: Seconds = Field(
@@ -235,6 +240,12 @@ class TrainerSettings(Section):
             raise ValueError(
                 f"trainer.seeds is {self.seeds}, but one step takes trainer.prompts_per_step = {self.prompts_per_step}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _some_hop_is_drawn(self) -> "TrainerSettings":
+        if sum(self.hop_ratio) == 0:
+            raise ValueError("trainer.hop_ratio is 0,0,0,0, but at least one number of hops must be drawn")
         return self
 
 
@@ -316,12 +327,19 @@ def _put(values: dict[str, Any], path: tuple[str, ...], text: str) -> None:
 
 
 def _explain(error: ValidationError, profile: str) -> str:
+    known = known_variables()
     lines = []
     for item in error.errors():
-        place = ".".join(str(part) for part in item["loc"]) or "settings"
-        variable = PREFIX + "__".join(str(part) for part in item["loc"]).upper()
+        keys = [str(part) for part in item["loc"]]
+        if item["type"] == "value_error":  # a rule over several settings, whose own text names them
+            lines.append(str(item["ctx"]["error"]))
+            continue
+        variable = PREFIX + "__".join(keys).upper()
+        while keys and item["type"] != "extra_forbidden" and variable not in known:
+            keys.pop()  # one value of several, as in hop_ratio.2
+            variable = PREFIX + "__".join(keys).upper()
         if item["type"] == "extra_forbidden":
-            lines.append(f"unknown setting {place} in profile {profile}")
+            lines.append(f"unknown setting {'.'.join(keys)} in profile {profile}")
         else:
-            lines.append(f"{place} is {item['input']!r}: {item['msg']} (variable {variable})")
-    return "; ".join(lines)
+            lines.append(f"{'.'.join(keys)} is {item['input']!r}: {item['msg']} (variable {variable})")
+    return "; ".join(dict.fromkeys(lines))

@@ -96,6 +96,7 @@ def verl_overrides(settings: Settings, paths: RunPaths, *, model: str, resume_fr
         "trainer.test_freq": trainer.steps,
         "trainer.resume_mode": "disable" if resume_from is None else "resume_path",
         # --- Ray
+        "transfer_queue.backend.SimpleStorage.num_data_storage_units": trainer.storage_units,
         "+ray_kwargs.ray_init.num_gpus": actor.gpus,
         "ray_kwargs.ray_init.num_cpus": RAY_CPUS,
         "+ray_kwargs.ray_init.include_dashboard": False,
@@ -110,6 +111,7 @@ def verl_overrides(settings: Settings, paths: RunPaths, *, model: str, resume_fr
         for name, value in (
             ("attention_backend", settings.solver.sglang.attention_backend),
             ("sampling_backend", settings.solver.sglang.sampling_backend),
+            ("grammar_backend", settings.solver.sglang.grammar_backend),
         )
     }
     return [f"{key}={_hydra(value)}" for key, value in values.items()]

@@ -7,6 +7,7 @@ that every step sees its share. Documents are cut to `document_tokens` of the tr
 
 import random
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -116,13 +117,14 @@ def write_rows(rows: list[dict[str, Any]], path: str) -> None:
 
 
 def token_cutter(model: str, tokens: int) -> Callable[[str], str]:
-    """A function that cuts a text to its first `tokens` tokens."""
-    from transformers import AutoTokenizer
+    """A function that cuts a text to its first `tokens` tokens. `model` is a folder or a Hugging Face id."""
+    from tokenizers import Tokenizer  # not transformers: that would keep torch in memory for the whole run
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    file = Path(model) / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(file)) if file.is_file() else Tokenizer.from_pretrained(model)
 
     def cut(text: str) -> str:
-        ends = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)["offset_mapping"]
+        ends = tokenizer.encode(text, add_special_tokens=False).offsets
         return text if len(ends) <= tokens else text[: ends[tokens - 1][1]]
 
     return cut

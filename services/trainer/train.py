@@ -58,8 +58,8 @@ def training_settings(settings: Settings) -> dict[str, Any]:
     """The settings that shape what is trained; addresses, patience and numbers of workers do not."""
     trainer = settings.trainer
     neutral = {
-        "run", "host", "port", "agent_workers", "reward_workers", "save_every", "keep_checkpoints", "patience_s",
-        "stall_s", "object_store_gb", "restarts", "actor", "reward",
+        "run", "host", "port", "agent_workers", "reward_workers", "storage_units", "save_every", "keep_checkpoints",
+        "patience_s", "stall_s", "object_store_gb", "restarts", "actor", "reward",
     }  # fmt: skip
     shape = trainer.model_dump(mode="json", exclude=neutral)
     shape["actor"] = trainer.actor.model_dump(mode="json", exclude={"rollout_threads", "gpu_memory_utilization"})
@@ -155,6 +155,8 @@ def child(overrides: list[str], paths: RunPaths) -> Iterator[subprocess.Popen[by
         "TOKENIZERS_PARALLELISM": "false",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_DEDUP_LOGS": "0",
+        # One heap per thread lets glibc keep gigabytes that were freed long ago.
+        "MALLOC_ARENA_MAX": "2",
     }
     command = [sys.executable, "-m", "services.trainer.verl_main", *overrides]
     with (paths.log / "verl.log").open("ab") as output:
