@@ -74,6 +74,8 @@ class ServiceClient:
                 response = await self._http.request(method, path, json=body)
             except httpx.TransportError as error:
                 problem, after = f"{type(error).__name__} {error}".strip(), None
+            except httpx.DecodingError as error:
+                raise BadReply(self.service, f"{self.base_url}{path} sent a body that does not decode") from error
             else:
                 if response.status_code not in RETRIED_STATUS:
                     return self._read(response)

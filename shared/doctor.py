@@ -131,7 +131,7 @@ def check_memory(profile: str, available_gb: float) -> Finding:
 
 
 def check_shared_memory(free: float, wanted: float) -> Finding:
-    """/dev/shm has room for Ray's object store."""
+    """Shared memory has room for Ray's object store."""
     if free >= wanted:
         return Finding("ok", "shared memory", f"{free:.1f} GB free in /dev/shm")
     remedy = (
@@ -271,12 +271,16 @@ def _check_xml(folder: Path | None) -> Finding:
 
 def examine(settings: Settings, *, ports_free: bool = False) -> list[Finding]:
     """All findings about this machine, in the order in which they are best mended."""
-    services = {"retrieval": settings.retrieval, "solver": settings.solver, "trainer": settings.trainer}
+    places = {
+        "retrieval": (settings.retrieval.host, settings.retrieval.port),
+        "solver": (settings.solver.host, settings.solver.port),
+        "trainer": (settings.trainer.host, settings.trainer.port),
+    }
     storage = settings.storage
     findings = [
         check_python(sys.version_info[:2]),
         Finding("ok", "settings", f"profile {settings.profile}"),
-        *(check_port(name, part.host, part.port, must_be_free=ports_free) for name, part in services.items()),
+        *(check_port(name, *place, must_be_free=ports_free) for name, place in places.items()),
         check_folder("data", storage.data_dir, storage.min_free_gb),
         check_folder("scratch", storage.scratch_dir, storage.min_free_gb),
         check_memory(settings.profile, memory_gb()[1]),

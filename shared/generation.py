@@ -69,7 +69,7 @@ class GenerationEngine:
         self, token_ids: list[int], *, max_new_tokens: int, temperature: float, regex: str | None = None
     ) -> Generated:
         """Generate until the end token or `max_new_tokens`; GenerationError when prompt and answer do not fit."""
-        if len(token_ids) + max_new_tokens > self.context_tokens:
+        if max_new_tokens < 1 or len(token_ids) + max_new_tokens > self.context_tokens:
             raise GenerationError(
                 f"{len(token_ids)} prompt tokens and {max_new_tokens} new ones exceed "
                 f"the context of {self.context_tokens}"
@@ -91,15 +91,18 @@ class GenerationEngine:
         return Generated(list(result.generated_tokens), list(result.logprobs), "stop" if ended else "length")
 
     async def replace_weights(self, load: Callable[[Any], None]) -> None:
-        """Finish what is running, let `load(model)` change the weights, drop the KV cache, go on."""
+        """Finish what is running, let `load(model)` change the weights, drop the KV cache, go on.
+
+        When `load` raises, generation goes on with whatever weights it has left behind.
+        """
         async with self._replacing:
             self._open.clear()
+            await self._idle.wait()
             try:
-                await self._idle.wait()
                 await asyncio.to_thread(self._manager.stop, True)
                 await asyncio.to_thread(load, self.model)
-                self._manager = self._start()
             finally:
+                self._manager = self._start()
                 self._open.set()
 
     def stop(self) -> None:

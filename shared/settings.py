@@ -25,6 +25,7 @@ Count = Annotated[int, Field(ge=1)]
 Weight = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
+Address = Annotated[str, Field(pattern=r"^https?://[^/\s]+(/\S*)?$")]
 
 
 class SettingsError(ValueError):
@@ -75,7 +76,7 @@ class IngestSettings(Section):
     date_to: date | None = Field(None, description="Last publication date of the query, YYYY-MM-DD.")
     max_records: int = Field(9_999, ge=1, le=9_999, description="Most records fetched from Entrez in one run.")
     email: str | None = Field(None, description="Contact address that NCBI asks of every E-utilities client.")
-    entrez_url: str = Field(
+    entrez_url: Address = Field(
         "https://eutils.ncbi.nlm.nih.gov/entrez/eutils", description="Base address of the E-utilities."
     )
     entrez_batch: int = Field(200, ge=1, le=500, description="Records per EFetch call.")
@@ -104,7 +105,7 @@ class RetrievalSettings(Section):
 
     host: str = Field("127.0.0.1", description="Address the service listens on.")
     port: Port = Field(8000, description="Port the service listens on.")
-    url: str = Field("http://127.0.0.1:8000", description="Where clients find the service.")
+    url: Address = Field("http://127.0.0.1:8000", description="Where clients find the service.")
     encoder: EncoderSettings = EncoderSettings()
     top_k: Count = Field(3, description="Papers per query when a request names no number.")
     top_k_max: Count = Field(100, description="Largest number of papers per query that is accepted.")
@@ -135,7 +136,7 @@ class SolverSettings(Section):
     served_name: str = Field("solver", description="Model name that requests and /v1/models use.")
     host: str = Field("127.0.0.1", description="Address the service listens on.")
     port: Port = Field(8001, description="Port the service listens on.")
-    url: str = Field("http://127.0.0.1:8001", description="Where clients find the service.")
+    url: Address = Field("http://127.0.0.1:8001", description="Where clients find the service.")
     context_tokens: int = Field(3072, ge=256, description="Most tokens of prompt and answer together.")
     max_running: Count = Field(64, description="Most requests generated at once; the rest wait in the queue.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(

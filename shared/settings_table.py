@@ -83,7 +83,8 @@ def _kind(annotation: Any) -> str:
         return " or ".join("empty" if part is type(None) else _kind(part) for part in inside)
     if origin is tuple:
         return f"{len(inside)} × {_kind(inside[0])}, separated by commas"
-    return {"str": "text", "bool": "true or false"}.get(annotation.__name__, annotation.__name__.lower())
+    name = str(annotation.__name__).lower()
+    return {"str": "text", "bool": "true or false"}.get(name, name)
 
 
 def main() -> int:

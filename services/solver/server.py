@@ -125,7 +125,8 @@ class EngineManager:
         """Text, number of prompt tokens and new token ids of one request."""
         prompt = list(inputs["input_ids"])
         temperature = 0.0 if gen_config.do_sample is False else (gen_config.temperature or 1.0)
-        budget = min(gen_config.max_new_tokens, self._engine.context_tokens - len(prompt))
+        left = self._engine.context_tokens - len(prompt)
+        budget = min(gen_config.max_new_tokens, left) if left > 0 else gen_config.max_new_tokens
         done = await self._engine.generate(prompt, max_new_tokens=budget, temperature=temperature)
         TOKENS.labels("prompt").inc(len(prompt))
         TOKENS.labels("new").inc(len(done.token_ids))

