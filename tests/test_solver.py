@@ -120,7 +120,7 @@ def test_a_port_in_use_ends_in_one_sentence(tmp_path: Path) -> None:
             check=False,
         )
     assert ended.returncode == 1
-    assert ended.stderr.strip().splitlines()[-1].startswith(f"solver: port {port} on 127.0.0.1 is in use")
+    assert ended.stderr.strip().splitlines()[-1].startswith(f"solver: port {port} of 127.0.0.1 is in use")
 
 
 def test_sglangs_command_carries_the_settings() -> None:

@@ -4,38 +4,23 @@ Listens at once, loads in the background (/ready says when), ends with one sente
 index is missing or made from something else, and on SIGTERM finishes the requests in flight first.
 """
 
-import errno
 import signal
-import socket
 import sys
 
 import structlog
 import uvicorn
 
 from services.retrieval.app import create_app
-from shared.command import UsageError, run
-from shared.settings import RetrievalSettings, Settings
+from shared.command import run
+from shared.settings import Settings
+from shared.sockets import listen
 
 GRACE_S = 10  # a container is killed 10 s after SIGTERM, by default
 
 
-def listen(where: RetrievalSettings) -> socket.socket:
-    """A listening socket; UsageError when the port is taken."""
-    family = socket.AF_INET6 if ":" in where.host else socket.AF_INET
-    try:
-        return socket.create_server((where.host, where.port), family=family, backlog=2048)
-    except OSError as error:
-        if error.errno != errno.EADDRINUSE:
-            raise
-        raise UsageError(
-            f"port {where.port} of {where.host} is in use; stop what listens there or set DRZERO_RETRIEVAL__PORT "
-            "(and DRZERO_RETRIEVAL__URL for the clients)"
-        ) from error
-
-
 def main(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
     """Serve until SIGTERM or SIGINT; raises what kept the searcher from opening."""
-    listener = listen(settings.retrieval)
+    listener = listen("retrieval", settings.retrieval.host, settings.retrieval.port)
     failures: list[BaseException] = []
 
     def give_up(error: BaseException) -> None:

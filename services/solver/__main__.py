@@ -6,44 +6,33 @@ code on machines without one. Both answer /v1/models, /v1/completions, /v1/chat/
 """
 
 import os
-import socket
 import sys
 
 import structlog
 
 from services.solver.sglang import sglang_command
-from shared.command import UsageError, run
+from shared.command import run
 from shared.model_files import resolve_model
 from shared.settings import Settings
+from shared.sockets import listen
 
 
 def main(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
     """Start the engine of the settings; returns when the server is stopped."""
     solver = settings.solver
-    require_free_port(solver.host, solver.port)
+    listener = listen("solver", solver.host, solver.port)
     folder = resolve_model(solver.model, settings)
     log.info("solver starts", engine=solver.engine, model=solver.model, port=solver.port)
     if solver.engine == "sglang":
         command = sglang_command(solver, folder)
         # /health is asked every few seconds; by default SGLang generates a token each time.
         os.environ.setdefault("SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION", "0")
+        listener.close()  # SGLang takes the port itself
         sys.stderr.flush()
         os.execv(sys.executable, [sys.executable, *command])  # noqa: S606
     from services.solver.server import serve
 
-    serve(solver, folder)
-
-
-def require_free_port(host: str, port: int) -> None:
-    """Raise UsageError when something else listens on the port."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise UsageError(
-                f"port {port} on {host} is in use; stop what listens there or set DRZERO_SOLVER__PORT"
-            ) from error
+    serve(solver, folder, listener)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ What transformers brings: request validation, chat templates, replies. What is a
 """
 
 import asyncio
+import socket
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -222,8 +223,7 @@ def create_app(solver: SolverSettings, folder: str) -> FastAPI:
     return app
 
 
-def serve(solver: SolverSettings, folder: str) -> None:
-    """Run the server until it is stopped; ends the process when the generation thread dies, so that it is restarted."""
-    config = uvicorn.Config(create_app(solver, folder), host=solver.host, port=solver.port, log_config=None)
-    server = uvicorn.Server(config)
-    asyncio.run(server.serve())
+def serve(solver: SolverSettings, folder: str, listener: socket.socket) -> None:
+    """Answer on `listener` until the process is stopped."""
+    server = uvicorn.Server(uvicorn.Config(create_app(solver, folder), log_config=None, access_log=False))
+    asyncio.run(server.serve(sockets=[listener]))

@@ -14,6 +14,7 @@ from prometheus_client import Gauge
 
 from shared.metrics import REGISTRY, metrics_text
 from shared.settings import TrainerSettings
+from shared.sockets import listen
 
 STEP = Gauge("drzero_trainer_step", "Last finished optimizer step.", registry=REGISTRY)
 METRIC = Gauge("drzero_trainer_metric", "verl's metrics of the last step.", ["name"], registry=REGISTRY)
@@ -56,7 +57,7 @@ def serve_in_background(trainer: TrainerSettings, report: Path) -> uvicorn.Serve
             return JSONResponse({"detail": "no report yet: it is written when the run ends"}, status_code=404)
         return FileResponse(page, media_type="text/html")
 
-    config = uvicorn.Config(app, host=trainer.host, port=trainer.port, log_config=None, access_log=False)
-    server = uvicorn.Server(config)
-    threading.Thread(target=server.run, name="status", daemon=True).start()
+    listener = listen("trainer", trainer.host, trainer.port)
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
+    threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="status", daemon=True).start()
     return server

@@ -1,0 +1,20 @@
+"""Listening sockets of the services: taken before anything slow is loaded, so that a taken port is said at once."""
+
+import errno
+import socket
+
+from shared.command import UsageError
+
+
+def listen(service: str, host: str, port: int) -> socket.socket:
+    """A listening socket; UsageError that names the variable to change when the port is taken."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        raise UsageError(
+            f"port {port} of {host} is in use; stop what listens there or set DRZERO_{service.upper()}__PORT "
+            f"(and DRZERO_{service.upper()}__URL, where clients have one)"
+        ) from error
