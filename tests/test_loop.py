@@ -41,8 +41,9 @@ class Loop:
 
     def _read(self) -> None:
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.lines.append(line.rstrip("\n"))
+        with self.process.stdout as output:
+            for line in output:
+                self.lines.append(line.rstrip("\n"))
 
     def wait_for(self, seen: Callable[[str], bool]) -> str:
         """The first line for which `seen` is true; fails when the run ends or takes too long before it."""
