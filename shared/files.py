@@ -55,6 +55,7 @@ class Draft:
         self.rows = 0
         self.counts: dict[str, int] = {}
         self.discard = False  # set to keep the published version after all
+        self.seconds: float | None = None  # set when the work was done before the block
 
 
 def hash_json(value: Any) -> str:
@@ -105,7 +106,7 @@ def publish(
                 settings=json.loads(json.dumps(settings, default=str)),
                 made_from=dict(made_from),
                 counts=draft.counts,
-                seconds=round(time.monotonic() - started, 3),
+                seconds=round(time.monotonic() - started if draft.seconds is None else draft.seconds, 3),
             )
             write_atomically(building / MANIFEST, json.dumps(asdict(manifest), indent=2, sort_keys=True) + "\n")
             version = target.parent / f".{target.name}.{manifest.identity[:12]}.{time.time_ns()}"

@@ -1,11 +1,20 @@
 """What a killed training leaves behind, and what a resume makes of it."""
 
 import json
+import os
 from pathlib import Path
 
 from services.trainer.checkpoints import discard_incomplete, newest_checkpoint, prune
 from services.trainer.evaluate import interval
-from services.trainer.records import HELD_OUT, TRAIN, compact, mean_parts, read_metrics, read_verdicts
+from services.trainer.records import (
+    HELD_OUT,
+    TRAIN,
+    compact,
+    mean_parts,
+    read_metrics,
+    read_verdicts,
+    seconds_trained,
+)
 
 
 def write_checkpoint(folder: Path, step: int, *, complete: bool = True) -> None:
@@ -69,3 +78,11 @@ def test_means_are_of_the_numbers_by_name() -> None:
 def test_an_interval_of_one_value_has_no_width() -> None:
     assert interval([0.5]) == {"mean": 0.5, "half_width_95": 0.0, "count": 1.0}
     assert interval([0.0, 1.0])["half_width_95"] > 0.9
+
+
+def test_the_time_of_a_training_is_the_sum_of_its_attempts(tmp_path: Path) -> None:
+    for started, ended in ((100, 130), (200, 215)):
+        path = tmp_path / f"metrics-{started * 10**9}.jsonl"
+        path.touch()
+        os.utime(path, (ended, ended))
+    assert seconds_trained(tmp_path) == 45

@@ -57,6 +57,12 @@ def read_metrics(log: Path) -> dict[int, dict[str, float]]:
     return dict(sorted(merged.items()))
 
 
+def seconds_trained(log: Path) -> float:
+    """How long verl has run, all attempts together: each from its start to its last finished step."""
+    attempts = [(path.stat().st_mtime, int(path.stem.rpartition("-")[2]) / 1e9) for path in log.glob("metrics-*.jsonl")]
+    return sum(max(0.0, ended - started) for ended, started in attempts)
+
+
 def mean_parts(verdicts: Iterable[Verdict]) -> dict[str, float]:
     """The mean of every number in the verdicts, by name."""
     values: dict[str, list[float]] = defaultdict(list)

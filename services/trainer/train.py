@@ -26,7 +26,7 @@ from services.trainer.outage import read_outage
 from services.trainer.overrides import verl_overrides
 from services.trainer.paths import RunPaths
 from services.trainer.protocol import AGENT, SEARCH_TOOL, prompt_hash
-from services.trainer.records import HELD_OUT, TRAIN, compact, mean_parts, read_metrics, read_verdicts
+from services.trainer.records import HELD_OUT, TRAIN, compact, mean_parts, read_metrics, read_verdicts, seconds_trained
 from shared.command import UsageError
 from shared.files import hash_json, publish, read_manifest, require_free_space, stale_reason, write_atomically
 from shared.model_files import resolve_model, weights_identity
@@ -47,11 +47,10 @@ def train(settings: Settings, paths: RunPaths, log: structlog.stdlib.BoundLogger
     require_free_space(settings.storage.scratch_dir, settings.storage.min_free_gb)
     log.info("training", because=reason)
     begin_or_resume(paths, hash_json([shape, origin]), log)
-    started = time.monotonic()
     run_to_the_end(settings, paths, log)
     publish_record(settings, paths, shape, origin)
     prune(paths.checkpoints, 1)
-    log.info("training finished", seconds=round(time.monotonic() - started))
+    log.info("training finished", seconds=round(seconds_trained(paths.log)))
 
 
 def training_settings(settings: Settings) -> dict[str, Any]:
@@ -237,4 +236,5 @@ def publish_record(settings: Settings, paths: RunPaths, shape: dict[str, Any], o
             lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             (draft.path / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
         draft.rows = len(train_rows)
+        draft.seconds = seconds_trained(paths.log)
         draft.counts = {"steps": steps, "rollouts": len(train_rows), "held_out": len(held_rows)}
