@@ -81,7 +81,7 @@ class ServiceClient:
                     return self._read(response)
                 problem = f"status {response.status_code}: {response.text[:200]}"
                 after = response.headers.get("retry-after")
-            pause = float(after) if after and after.isdigit() else wait * random.uniform(0.5, 1.5)  # noqa: S311
+            pause = max(float(after), FIRST_WAIT_S) if after and after.isdigit() else wait * random.uniform(0.5, 1.5)  # noqa: S311
             if time.monotonic() + pause > give_up:
                 raise Unavailable(
                     self.service, f"{self.base_url}{path} gave no answer within {self.patience_s:.0f} s ({problem})"

@@ -62,5 +62,13 @@ def cards() -> list[Card]:
     found = []
     for line in lines:
         name, driver, total, free, compute = (part.strip() for part in line.split(","))
-        found.append(Card(name, driver, float(total) / 1024, float(free) / 1024, float(compute)))
+        found.append(Card(name, driver, _number(total) / 1024, _number(free) / 1024, _number(compute)))
     return found
+
+
+def _number(text: str) -> float:
+    """A field of nvidia-smi; 0 for "[N/A]", which it prints where a card does not tell."""
+    try:
+        return float(text)
+    except ValueError:
+        return 0.0

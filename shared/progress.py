@@ -1,4 +1,4 @@
-"""Progress of a long stage: a bar on a terminal, and a hash in Redis when there is one.
+"""Progress of a long stage: a bar on a terminal (log lines elsewhere), and a hash in Redis when there is one.
 
 The Redis key `drzero:progress:<stage>` holds done, total (0 when unknown), seconds and updated (Unix time). Redis
 never stops a stage: when it does not answer, that is logged once and progress goes on without it.
@@ -16,6 +16,7 @@ from tqdm import tqdm
 from shared.settings import Settings
 
 UPDATE_S = 0.5  # at most two Redis writes a second
+LOG_S = 20.0  # where there is no terminal, one line so often
 
 
 class Progress:
@@ -27,6 +28,8 @@ class Progress:
         self.done = 0
         self._started = time.monotonic()
         self._last = 0.0
+        self._logged = self._started
+        self._unit = unit
         self._bar = tqdm(total=total, desc=stage, unit=unit, disable=not sys.stderr.isatty())
         self._redis: redis.Redis | None = None
         if settings.redis.url:
@@ -51,6 +54,12 @@ class Progress:
         self._bar.update(count)
         if time.monotonic() - self._last >= UPDATE_S:
             self._publish()
+        if self._bar.disable and time.monotonic() - self._logged >= LOG_S:
+            self._logged = time.monotonic()
+            rate = self.done / (self._logged - self._started)
+            structlog.get_logger().info(
+                f"{self.stage} goes on", done=self.done, total=self.total, unit=self._unit, per_second=round(rate, 1)
+            )
 
     def _publish(self) -> None:
         self._last = time.monotonic()

@@ -58,7 +58,11 @@ class LogSettings(Section):
 class RedisSettings(Section):
     """Progress and events; every service also runs without Redis."""
 
-    url: str | None = Field(None, description="`redis://host:port/db`; none means progress is only logged.")
+    url: str | None = Field(
+        None,
+        pattern=r"^(rediss?|unix)://\S+$",
+        description="`redis://host:port/db`; none means progress is only logged.",
+    )
     timeout_s: Seconds = Field(1.0, description="Longest wait for one Redis command, in seconds.")
 
 
@@ -261,6 +265,15 @@ class Settings(Section):
     retrieval: RetrievalSettings = RetrievalSettings()
     solver: SolverSettings = SolverSettings()
     trainer: TrainerSettings = TrainerSettings()
+
+    @model_validator(mode="after")
+    def _searches_ask_for_what_is_served(self) -> "Settings":
+        wanted, served = max(self.retrieval.top_k, self.trainer.search_top_k), self.retrieval.top_k_max
+        if wanted > served:
+            raise ValueError(
+                f"retrieval.top_k_max is {served}, but retrieval.top_k or trainer.search_top_k asks for {wanted}"
+            )
+        return self
 
 
 def known_variables() -> dict[str, tuple[str, ...]]:

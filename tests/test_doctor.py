@@ -297,7 +297,7 @@ def test_a_redis_that_answers_is_ok() -> None:
 
 
 def test_a_wrong_redis_address_is_a_failure() -> None:
-    [finding] = check_redis(RedisSettings(url="localhost:6379"))
+    [finding] = check_redis(RedisSettings(url="redis://localhost:port/0"))
     assert finding.level == "FAIL"
 
 

@@ -179,3 +179,13 @@ def test_a_misspelt_variable_does_not_hide_the_list() -> None:
     assert done.stderr.startswith(
         "settings: unknown variable DRZERO_TRAINER__STEP; did you mean DRZERO_TRAINER__STEPS?"
     )
+
+
+def test_a_redis_address_needs_its_scheme() -> None:
+    assert "DRZERO_REDIS__URL" in problem(REDIS__URL="localhost:6379")
+
+
+def test_rollouts_may_not_ask_for_more_papers_than_are_served() -> None:
+    text = problem(TRAINER__SEARCH_TOP_K="9", RETRIEVAL__TOP_K_MAX="5")
+    assert "retrieval.top_k_max is 5" in text
+    assert "asks for 9" in text
