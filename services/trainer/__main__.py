@@ -11,12 +11,12 @@ from contextlib import contextmanager
 from functools import partial
 
 import structlog
-from services.trainer.report import write_report
 
 from services.trainer import status
 from services.trainer.evaluate import evaluate
 from services.trainer.paths import RunPaths, run_paths
 from services.trainer.publish import publish_weights
+from services.trainer.report import write_report
 from services.trainer.seeds import make_seeds
 from services.trainer.train import train
 from shared.command import UsageError, run

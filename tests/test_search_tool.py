@@ -1,0 +1,84 @@
+"""verl's search tool and reader of tool calls, as the rollout uses them: real verl classes, live service."""
+
+import asyncio
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from model_services import search_reply, serving
+from tiny_model import tiny_tokenizer
+
+from services.trainer import outage
+from services.trainer.paths import run_paths
+from services.trainer.protocol import SEARCH_TOOL
+from shared.clients import Unavailable
+from shared.settings import build_settings
+
+# verl and what it imports warn about themselves.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture
+def tool_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A function that makes verl's tool for a search service at an address."""
+    pytest.importorskip("verl", reason="needs the trainer's packages")
+    from verl.tools.schemas import OpenAIFunctionToolSchema
+
+    from services.trainer import search_tool
+
+    def make(address: str) -> Any:
+        settings = build_settings(
+            {
+                "DRZERO_RETRIEVAL__URL": address,
+                "DRZERO_TRAINER__PATIENCE_S": "0.4",
+                "DRZERO_STORAGE__DATA_DIR": str(tmp_path),
+                "DRZERO_STORAGE__SCRATCH_DIR": str(tmp_path),
+            }
+        )
+        monkeypatch.setattr(search_tool, "load_settings", lambda: settings)
+        monkeypatch.setattr(outage, "load_settings", lambda: settings)
+        return search_tool.SearchTool(
+            {"type": "native"}, OpenAIFunctionToolSchema.model_validate(SEARCH_TOOL)
+        ), settings
+
+    return make
+
+
+def test_the_model_reads_pmids_and_the_rollout_remembers_them(tool_at: Any) -> None:
+    rollout = SimpleNamespace(searches=[])
+
+    def search(_: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        return search_reply(body["queries"], "31415")
+
+    with serving(search) as address:
+        tool, _ = tool_at(address)
+        reply, reward, _ = asyncio.run(tool.execute("", {"query_list": ["ampk"]}, agent_data=rollout))
+    assert "PMID 31415" in reply.text
+    assert reward == 0
+    assert rollout.searches == [{"queries": ["ampk"], "pmids": ["31415"], "text": reply.text}]
+
+
+def test_an_outage_is_raised_and_noted_and_never_told_to_the_model(tool_at: Any) -> None:
+    tool, settings = tool_at("http://127.0.0.1:9")
+    rollout = SimpleNamespace(searches=[])
+    with pytest.raises(Unavailable, match="retrieval"):
+        asyncio.run(tool.execute("", {"query_list": ["ampk"]}, agent_data=rollout))
+    assert rollout.searches == []
+    assert "retrieval" in (outage.read_outage(run_paths(settings).outage) or "")
+
+
+def test_verl_gets_the_well_formed_calls_of_a_turn_and_no_other() -> None:
+    pytest.importorskip("verl", reason="needs the trainer's packages")
+    from verl.experimental.agent_loop.tool_parser import ToolParser
+
+    from services.trainer.agent_loop import PARSER
+
+    tokenizer = tiny_tokenizer()
+    good = json.dumps({"name": "search", "arguments": {"query_list": ["tp53"]}})
+    text = f"<think>x</think><tool_call>{good}</tool_call><tool_call>oops</tool_call>"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    content, calls = asyncio.run(ToolParser.get_tool_parser(PARSER, tokenizer).extract_tool_calls(ids))
+    assert content == text
+    assert [(call.name, json.loads(call.arguments)) for call in calls] == [("search", {"query_list": ["tp53"]})]
