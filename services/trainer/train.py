@@ -156,6 +156,9 @@ def child(overrides: list[str], paths: RunPaths) -> Iterator[subprocess.Popen[by
         "RAY_DEDUP_LOGS": "0",
         # One heap per thread lets glibc keep gigabytes that were freed long ago.
         "MALLOC_ARENA_MAX": "2",
+        # Ray's memory monitor counts the page cache of a checkpoint as used memory and kills workers for it; the
+        # kernel knows better.
+        "RAY_memory_monitor_refresh_ms": "0",
     }
     command = [sys.executable, "-m", "services.trainer.verl_main", *overrides]
     with (paths.log / "verl.log").open("ab") as output:
