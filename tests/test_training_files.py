@@ -6,6 +6,7 @@ from pathlib import Path
 
 from services.trainer.checkpoints import discard_incomplete, newest_checkpoint, prune
 from services.trainer.evaluate import interval
+from services.trainer.paths import run_paths
 from services.trainer.records import (
     HELD_OUT,
     TRAIN,
@@ -15,6 +16,8 @@ from services.trainer.records import (
     read_verdicts,
     seconds_trained,
 )
+from services.trainer.train import signs_of_progress
+from shared.settings import build_settings
 
 
 def write_checkpoint(folder: Path, step: int, *, complete: bool = True) -> None:
@@ -86,3 +89,13 @@ def test_the_time_of_a_training_is_the_sum_of_its_attempts(tmp_path: Path) -> No
         path.touch()
         os.utime(path, (ended, ended))
     assert seconds_trained(tmp_path) == 45
+
+
+def test_a_trainer_that_only_writes_that_it_waits_shows_no_progress(tmp_path: Path) -> None:
+    paths = run_paths(build_settings({"DRZERO_STORAGE__SCRATCH_DIR": str(tmp_path)}))
+    paths.log.mkdir(parents=True)
+    before = signs_of_progress(paths)
+    (paths.log / "verl.log").write_text("pending: 0, running: 1")
+    assert signs_of_progress(paths) == before
+    write_verdicts(paths.log, [verdict(TRAIN, 1, 0)])
+    assert signs_of_progress(paths) != before

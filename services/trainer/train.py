@@ -189,7 +189,7 @@ def follow(
 ) -> str | None:
     """Watch one attempt: report finished steps, stop at an outage or a stall. Returns what went wrong, or None."""
     reported = set(read_metrics(paths.log))
-    last_size, last_change = -1, time.monotonic()
+    last_signs, last_change = signs_of_progress(paths), time.monotonic()
     while True:
         code = process.poll()
         for step in sorted(set(read_metrics(paths.log)) - reported):
@@ -199,12 +199,21 @@ def follow(
             return None if code == 0 else f"verl ended with status {code}"
         if read_outage(paths.outage) is not None:
             return "a service stayed away"
-        size = sum(path.stat().st_size for path in paths.log.iterdir())
-        if size != last_size:
-            last_size, last_change = size, time.monotonic()
+        signs = signs_of_progress(paths)
+        if signs != last_signs:
+            last_signs, last_change = signs, time.monotonic()
         elif time.monotonic() - last_change > settings.trainer.stall_s:
             return f"no sign of progress for {settings.trainer.stall_s:.0f} s"
         time.sleep(POLL_S)
+
+
+def signs_of_progress(paths: RunPaths) -> tuple[int, tuple[str, ...]]:
+    """What grows while training goes on: verdicts, metrics and checkpoints.
+
+    verl's own log does not count: a trainer that waits for a worker that has died goes on writing that it waits.
+    """
+    written = sum(path.stat().st_size for path in paths.log.glob("*.jsonl"))
+    return written, tuple(sorted(str(path) for path in paths.checkpoints.glob("global_step_*/*")))
 
 
 def report_step(step: int, paths: RunPaths, log: structlog.stdlib.BoundLogger) -> None:
