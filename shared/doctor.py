@@ -35,7 +35,7 @@ MIN_COMPUTE = 8.0  # bfloat16 in hardware, which the GPU profiles train in
 MIN_CARD_GB = 22.0  # "24 GB" cards report 22.5; trained model, rollout engine and solver share one card
 # Free host memory, in GB, that a whole run of the profile takes on one machine.
 MEMORY_GB = {
-    "demo": 9.0,  # trainer 4, solver 2, search 1, Ray and its object store 2
+    "demo": 10.0,  # measured 9.8: the updating worker 4.5, other processes of verl and Ray 4, solver 0.9, search 0.4
     "a100x1": 64.0,  # a 3B model's float32 weights and Adam states between phases (36), object store (8), processes
     "a100x8": 128.0,  # nothing is offloaded; eight ranks load and save the model, eight solvers load it
 }
