@@ -150,7 +150,7 @@ def test_a_folder_that_cannot_be_written_is_a_failure(tmp_path: Path) -> None:
     assert "cannot be written" in check_folder("scratch", tmp_path, 0.0).found
 
 
-@pytest.mark.parametrize(("available", "level"), [(9.0, "ok"), (8.9, "warn"), (4.6, "warn"), (4.4, "FAIL")])
+@pytest.mark.parametrize(("available", "level"), [(10.0, "ok"), (9.9, "warn"), (5.1, "warn"), (4.4, "FAIL")])
 def test_little_memory_warns_and_half_of_it_fails(available: float, level: str) -> None:
     assert check_memory("demo", available).level == level
 
