@@ -3,7 +3,7 @@
 Keys of `Paper.as_record()` are the corpus contract (Search-R1 style clients read `id` and `contents`).
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 
@@ -73,6 +73,3 @@ class Attempt:
     answer: str
     ended: str
     searches: int
-    pmids: tuple[str, ...] = ()
-    seconds: float = 0.0
-    transcript: str = field(default="", repr=False)

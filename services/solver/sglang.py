@@ -10,7 +10,7 @@ def sglang_command(solver: SolverSettings, folder: str) -> list[str]:
         "--served-model-name": solver.served_name,
         "--host": solver.host,
         "--port": solver.port,
-        "--dtype": "auto" if solver.dtype == "auto" else solver.dtype,
+        "--dtype": solver.dtype,
         "--context-length": solver.context_tokens,
         "--max-running-requests": solver.max_running,
         "--max-queued-requests": solver.max_waiting,

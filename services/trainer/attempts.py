@@ -5,7 +5,6 @@ an outage is never an answer, right or wrong.
 """
 
 import asyncio
-import time
 from typing import Any
 
 from services.trainer.protocol import SEARCH_TOOL, render_results, solver_messages
@@ -33,9 +32,7 @@ class Attempts:
     async def _attempt(self, question: str, top_k: int) -> Attempt:
         messages = solver_messages(question, self._settings.worked_examples)
         before = len(messages)
-        started = time.monotonic()
         searches = 0
-        pmids: list[str] = []
         ended = "no_answer"
         async with self._places:
             for turn in range(1, self._settings.max_turns + 1):
@@ -51,17 +48,9 @@ class Attempts:
                 queries = [query for call in calls for query in call.queries]
                 results = await self._search.search(queries, top_k)
                 searches += 1
-                pmids += [hit.paper.pmid for hits in results for hit in hits]
                 messages.append({"role": "tool", "content": self._render(queries, results)})
         written = "\n".join(m["content"] for m in messages[before:] if m["role"] == "assistant")
-        return Attempt(
-            answer=last_tag(written, "answer"),
-            ended=ended,
-            searches=searches,
-            pmids=tuple(pmids),
-            seconds=time.monotonic() - started,
-            transcript=written,
-        )
+        return Attempt(answer=last_tag(written, "answer"), ended=ended, searches=searches)
 
     def _request(self, messages: list[dict[str, Any]]) -> dict[str, Any]:
         return {

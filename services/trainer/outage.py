@@ -32,5 +32,4 @@ def read_outage(path: Path) -> str | None:
     """The sentence of an outage file, or None."""
     if not path.is_file():
         return None
-    outage = json.loads(path.read_text(encoding="utf-8"))
-    return f"{outage['text']}"
+    return str(json.loads(path.read_text(encoding="utf-8"))["text"])

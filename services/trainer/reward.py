@@ -104,17 +104,17 @@ async def attempt_question(proposal: Proposal, settings: Settings) -> list[Attem
         return []
     loop = asyncio.get_running_loop()
     if loop not in _ATTEMPTS:
-        _ATTEMPTS[loop] = make_attempts(settings, settings.trainer.reward)
+        _ATTEMPTS[loop] = make_attempts(settings)
     return await _ATTEMPTS[loop].answer(proposal.question, settings.trainer.search_top_k)
 
 
-def make_attempts(settings: Settings, reward_settings: RewardSettings) -> Attempts:
+def make_attempts(settings: Settings) -> Attempts:
     """Attempts against the services of the settings."""
-    patience = settings.trainer.patience_s
+    patience, concurrency = settings.trainer.patience_s, settings.trainer.reward.concurrency
     return Attempts(
-        SolverClient(settings.solver.url, patience_s=patience, connections=reward_settings.concurrency),
-        SearchClient(settings.retrieval.url, patience_s=patience, connections=reward_settings.concurrency),
-        reward_settings,
+        SolverClient(settings.solver.url, patience_s=patience, connections=concurrency),
+        SearchClient(settings.retrieval.url, patience_s=patience, connections=concurrency),
+        settings.trainer.reward,
         model=settings.solver.served_name,
     )
 

@@ -26,7 +26,16 @@ from services.trainer.outage import read_outage
 from services.trainer.overrides import verl_overrides
 from services.trainer.paths import RunPaths
 from services.trainer.protocol import AGENT, SEARCH_TOOL, prompt_hash
-from services.trainer.records import HELD_OUT, TRAIN, compact, mean_parts, read_metrics, read_verdicts, seconds_trained
+from services.trainer.records import (
+    HELD_OUT,
+    TRAIN,
+    Verdict,
+    compact,
+    mean_parts,
+    read_metrics,
+    read_verdicts,
+    seconds_trained,
+)
 from shared.command import UsageError
 from shared.files import hash_json, publish, read_manifest, require_free_space, stale_reason, write_atomically
 from shared.model_files import resolve_model, weights_identity
@@ -192,9 +201,10 @@ def follow(
     last_signs, last_change = signs_of_progress(paths), time.monotonic()
     while True:
         code = process.poll()
-        for step in sorted(set(read_metrics(paths.log)) - reported):
+        metrics = read_metrics(paths.log)
+        for step in sorted(set(metrics) - reported):
             reported.add(step)
-            report_step(step, paths, log)
+            report_step(step, metrics[step], read_verdicts(paths.log, TRAIN).get(step, []), log)
         if code is not None:
             return None if code == 0 else f"verl ended with status {code}"
         if read_outage(paths.outage) is not None:
@@ -216,19 +226,20 @@ def signs_of_progress(paths: RunPaths) -> tuple[int, tuple[str, ...]]:
     return written, tuple(sorted(str(path) for path in paths.checkpoints.glob("global_step_*/*")))
 
 
-def report_step(step: int, paths: RunPaths, log: structlog.stdlib.BoundLogger) -> None:
+def report_step(
+    step: int, metrics: dict[str, float], verdicts: list[Verdict], log: structlog.stdlib.BoundLogger
+) -> None:
     """Log one step's averages with a sample, and show them as metrics."""
-    metrics = read_metrics(paths.log)[step]
-    verdicts = read_verdicts(paths.log, TRAIN).get(step, [])
-    status.show_step(step, metrics, mean_parts(verdicts))
+    means = mean_parts(verdicts)
+    status.show_step(step, metrics, means)
     if not verdicts:
         return
     sample = max(verdicts, key=lambda v: v["score"])
     log.info(
         f"step {step}",
-        reward_avg=round(sum(v["score"] for v in verdicts) / len(verdicts), 3),
+        reward_avg=round(means["score"], 3),
         reward_max=round(sample["score"], 3),
-        format_avg=round(sum(v["format"] for v in verdicts) / len(verdicts), 3),
+        format_avg=round(means["format"], 3),
         searches=int(sum(v["searches_made"] for v in verdicts)),
         seconds=round(metrics.get("timing_s/step", 0.0), 1),
         question=sample["question"][:120],
