@@ -6,6 +6,7 @@
 """
 
 import importlib.util
+import json
 from pathlib import Path
 
 from shared.files import ArtifactError, Manifest, hash_file, publish, read_manifest, stale_reason
@@ -13,6 +14,7 @@ from shared.settings import Settings
 
 PACKAGE = "package:"
 CHAT_TEMPLATE = Path(__file__).parent / "chat_template.jinja"
+CONVERSION = "2"  # raise it when the files made from the same GGUF change
 
 
 def resolve_model(reference: str, settings: Settings) -> str:
@@ -44,7 +46,7 @@ def package_file(reference: str) -> Path:
 def unpack_gguf(path: Path, settings: Settings) -> Path:
     """The Hugging Face folder made from a GGUF file; made on first use, safe to call from several processes."""
     target = settings.storage.data_dir / "models" / path.stem.lower()
-    origin = {"gguf": hash_file(path), "chat_template": hash_file(CHAT_TEMPLATE)}
+    origin = {"gguf": hash_file(path), "chat_template": hash_file(CHAT_TEMPLATE), "conversion": CONVERSION}
     if stale_reason(target, settings={}, made_from=origin) is None:
         return target
     with publish(target, settings={}, made_from=origin, wait=True) as draft:
@@ -65,6 +67,7 @@ def convert_gguf(path: Path, folder: Path) -> None:
     # The file marks the wrong end token; ChatML ends a turn with <|im_end|>.
     tokenizer.eos_token = "<|im_end|>"  # noqa: S105
     tokenizer.pad_token = "<|endoftext|>"  # noqa: S105
+    tokenizer.clean_up_tokenization_spaces = False
     tokenizer.chat_template = CHAT_TEMPLATE.read_text(encoding="utf-8")
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.bfloat16)
     # A model loaded from GGUF refuses to be saved while it still claims to be quantised.
@@ -75,6 +78,37 @@ def convert_gguf(path: Path, folder: Path) -> None:
     model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    _mend_tokenizer(folder / "tokenizer.json", str(read_gguf_field(path, "tokenizer.ggml.pre")))
+
+
+def read_gguf_field(path: Path, name: str) -> object:
+    """One metadata value of a GGUF file, or None."""
+    from gguf import GGUFReader
+
+    field = GGUFReader(path).get_field(name)
+    return None if field is None else field.contents()
+
+
+def _mend_tokenizer(file: Path, pre_tokenizer: str) -> None:
+    """Undo what transformers' GGUF reader does to a byte-level BPE.
+
+    It declares a byte fallback and a sentencepiece decoder, from which grammar engines conclude that "Ċ" is two
+    letters and not a line break (guided decoding then ends in an empty mask), and it drops the splitting of numbers
+    into digits that the model was trained with.
+    """
+    known = {"smollm": [{"type": "Digits", "individual_digits": True}], "gpt-2": []}
+    if pre_tokenizer not in known:
+        raise ArtifactError(
+            f"expected a GGUF whose tokenizer.ggml.pre is one of {', '.join(known)}, found {pre_tokenizer}; "
+            "give the model as a Hugging Face folder instead"
+        )
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    content = json.loads(file.read_text(encoding="utf-8"))
+    content["normalizer"] = None
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [*known[pre_tokenizer], byte_level]}
+    content["decoder"] = byte_level
+    content["model"] |= {"byte_fallback": False, "fuse_unk": False}
+    file.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
 
 
 def weights_identity(folder: str) -> str:

@@ -127,7 +127,7 @@ class SglangSettings(Section):
     cuda_graph_max_bs: Count = Field(32, description="Largest batch captured as a CUDA graph; small starts fast.")
     attention_backend: str = Field("triton", description="SGLang attention kernels; triton needs no extra wheel.")
     sampling_backend: str = Field("pytorch", description="SGLang sampling kernels.")
-    grammar_backend: str = Field("llguidance", description="SGLang's engine of guided decoding.")
+    grammar_backend: str = Field("xgrammar", description="SGLang's engine of guided decoding.")
 
 
 class SolverSettings(Section):
