@@ -66,10 +66,25 @@ class Seed:
     document: str
 
 
+LOST = frozenset({"deadline", "solver", "search"})
+
+
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One attempt of the solver at a question. `ended`: answered, no_answer or length."""
+    """One attempt of the solver at a question.
+
+    `ended` says why it ended. Judged: `answered`, `no_answer` (the last turn had none), `length` (out of tokens).
+    Lost, and therefore neither right nor wrong: `deadline`, `solver` or `search` (the service that failed).
+    """
 
     answer: str
     ended: str
     searches: int
+    seed: int
+    seconds: float
+    problem: str = ""  # what a lost attempt met
+
+    @property
+    def lost(self) -> bool:
+        """Whether nothing can be said about the answer."""
+        return self.ended in LOST

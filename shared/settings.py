@@ -19,12 +19,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 PREFIX = "DRZERO_"
 PROFILE_DIR = Path(__file__).parent / "profiles"
+LISTS = frozenset({"hop_ratio", "seed_mesh", "seed_keywords", "exclude_pmids"})
 
 Port = Annotated[int, Field(ge=1, le=65535)]
 Count = Annotated[int, Field(ge=1)]
 Weight = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
+Bonus = Annotated[float, Field(ge=0, le=0.5)]
 Address = Annotated[str, Field(pattern=r"^https?://[^/\s]+(/\S*)?$")]
 
 
@@ -151,20 +153,71 @@ class SolverSettings(Section):
     sglang: SglangSettings = SglangSettings()
 
 
-class RewardSettings(Section):
-    """Reward of a proposed question: format_weight·F + D."""
+class BiomedicalSettings(Section):
+    """Weights of the parts that only the reward variant `biomedical` adds; every part is measured in any variant."""
 
+    citation_weight: Bonus = Field(0.1, description="Weight of: the cited PMIDs were seen in this rollout.")
+    gene_weight: Bonus = Field(0.05, description="Weight of: the gene and protein symbols exist.")
+    reasoning_weight: Bonus = Field(0.05, description="Weight of: the question asks for more than a definition.")
+    novelty_weight: Bonus = Field(0.1, description="Weight of: the question is not like a recent one.")
+    novelty_window: Count = Field(512, description="Questions of earlier steps that a new one is compared with.")
+    novelty_threshold: float = Field(
+        0.8, ge=0, lt=1, description="Similarity up to which a question is new; at 1 it is a copy."
+    )
+    synonym_credit: float = Field(
+        1.0, ge=0, le=1, description="What a listed synonym counts as an answer; an exact match counts 1."
+    )
+
+
+class RewardSettings(Section):
+    """Reward of a proposed question: format_weight·F + D, and what the variant adds."""
+
+    variant: Literal["paper", "biomedical"] = Field(
+        "paper", description="`paper`: F and D alone; `biomedical`: further parts, and synonyms count as answers."
+    )
     attempts: int = Field(5, ge=2, description="Solver attempts per question (n of the difficulty formula).")
+    min_attempts: int = Field(
+        2, ge=2, description="Attempts that must have been judged; with fewer the rollout is invalid, not wrong."
+    )
+    attempt_deadline_s: Seconds = Field(120.0, description="Longest time of one solver attempt, in seconds.")
+    question_deadline_s: Seconds = Field(300.0, description="Longest time of all attempts at a question, in seconds.")
     format_form: Literal["graded", "gated"] = Field(
         "gated", description="`gated`: 0 unless question and answer stand; `graded`: every part counts by itself."
     )
-    format_weight: float = Field(0.5, ge=0, description="Weight of the format score F in the reward.")
+    gate_at: float | None = Field(
+        None, gt=0, le=1, description="Mean F of a step at which `graded` becomes `gated` for good; none: never."
+    )
+    format_weight: float = Field(0.5, ge=0, le=1, description="Weight of the format score F in the reward.")
     temperature: float = Field(1.0, ge=0, description="Sampling temperature of the solver's attempts.")
     max_turns: Count = Field(5, description="Most assistant turns of one solver attempt.")
     max_new_tokens: Count = Field(512, description="Most new tokens per turn of a solver attempt.")
-    max_tool_chars: Count = Field(4000, description="Longest search result shown to the solver, in characters.")
+    max_tool_tokens: Count = Field(512, description="Longest search result shown to the solver, in its tokens.")
     worked_examples: int = Field(0, ge=0, le=2, description="Worked examples shown to the solver as earlier turns.")
-    concurrency: Count = Field(64, description="Solver attempts in flight at once.")
+    concurrency: Count = Field(64, description="Solver attempts in flight at once, per reward worker.")
+    biomedical: BiomedicalSettings = BiomedicalSettings()
+
+    @model_validator(mode="after")
+    def _enough_attempts_can_be_judged(self) -> "RewardSettings":
+        if self.min_attempts > self.attempts:
+            raise ValueError(
+                f"trainer.reward.min_attempts is {self.min_attempts}, but only trainer.reward.attempts = "
+                f"{self.attempts} are made"
+            )
+        return self
+
+
+class GuardSettings(Section):
+    """When a training that goes wrong is stopped, with its last good checkpoint kept."""
+
+    steps: Count = Field(3, description="Bad steps in a row after which training stops; the first one warns.")
+    min_entropy: float = Field(
+        0.02, ge=0, description="Mean token entropy, in nats, of a collapsed policy."
+    )
+    max_length_growth: float = Field(3.0, gt=1, description="Mean response length over that of the first steps.")
+    min_reward_share: float = Field(
+        0.25, ge=0, lt=1, description="Mean reward over the best mean so far, below which the reward has collapsed."
+    )
+    flat_steps: Count = Field(5, description="Steps without any variance in the groups after which the run says so.")
 
 
 class ActorSettings(Section):
@@ -206,6 +259,11 @@ class TrainerSettings(Section):
     seeds: Count = Field(500, description="Seed papers drawn for training.")
     eval_seeds: Count = Field(32, description="Held-out seed papers, disjoint from the training seeds.")
     min_abstract_words: int = Field(100, ge=0, description="Shorter abstracts are no seeds.")
+    seed_mesh: tuple[str, ...] = Field((), description="Only papers with one of these MeSH terms are seeds.")
+    seed_keywords: tuple[str, ...] = Field((), description="Only papers that name one of these words are seeds.")
+    exclude_pmids: tuple[Path, ...] = Field(
+        (), description="Text files of PMIDs, one a line, that are never seeds: those of every evaluation set."
+    )
     document_tokens: Count = Field(256, description="The seed document in the prompt is cut to this many tokens.")
     hop_ratio: tuple[Weight, Weight, Weight, Weight] = Field(
         (4, 3, 2, 1), description="Seeds with 1, 2, 3 and 4 hops; not all 0."
@@ -213,17 +271,31 @@ class TrainerSettings(Section):
     steps: Count = Field(50, description="Optimizer steps.")
     prompts_per_step: Count = Field(256, description="Seed prompts per step.")
     rollouts_per_prompt: Count = Field(1, description="Rollouts per prompt: the group size of GRPO.")
-    advantage: Literal["grpo"] = Field("grpo", description="Advantage estimator.")
+    advantage: Literal["hrpo", "grpo"] = Field(
+        "hrpo", description="`hrpo`: rewards are compared within a hop across the batch; `grpo`: within a prompt."
+    )
+    small_group: Count = Field(4, description="Hop groups with fewer valid rollouts follow small_group_rule.")
+    small_group_rule: Literal["batch", "zero"] = Field(
+        "batch", description="A small hop group is compared with the whole `batch`, or gets advantage `zero`."
+    )
+    max_invalid_share: Share = Field(
+        0.25, description="Share of rollouts lost to services above which a step is refused and made again."
+    )
+    max_refusals: Count = Field(3, description="Refusals of one step in a row after which training stops.")
     prompt_tokens: Count = Field(1536, description="Longest prompt, tool schema included.")
     response_tokens: Count = Field(2560, description="Longest rollout, tool results included.")
     max_turns: Count = Field(5, description="Most assistant turns of a rollout.")
     temperature: float = Field(1.0, ge=0, description="Sampling temperature of the rollouts.")
+    prompts: Literal["full-v1", "short-v1"] = Field(
+        "full-v1",
+        description="Set of prompts of both roles; `short-v1` suits models of a few hundred million weights.",
+    )
     worked_examples: int = Field(0, ge=0, le=2, description="Worked examples shown to the proposer as earlier turns.")
     guided_tool_call: bool = Field(
         False, description="On the first turn of a prompt with more than one hop, decode only well-formed search calls."
     )
     turn_tokens: Count = Field(1024, description="Most new tokens per assistant turn.")
-    max_tool_chars: Count = Field(4000, description="Longest search result shown to the proposer, in characters.")
+    max_tool_tokens: Count = Field(512, description="Longest search result shown to the proposer, in its tokens.")
     search_top_k: Count = Field(3, description="Papers per search query in rollouts.")
     agent_workers: Count = Field(4, description="verl processes that drive rollouts.")
     reward_workers: Count = Field(2, description="verl processes that compute rewards.")
@@ -238,6 +310,7 @@ class TrainerSettings(Section):
     restarts: int = Field(2, ge=0, description="How often training that crashed is resumed before the run stops.")
     actor: ActorSettings = ActorSettings()
     reward: RewardSettings = RewardSettings()
+    guards: GuardSettings = GuardSettings()
 
     @model_validator(mode="after")
     def _seeds_fill_a_step(self) -> "TrainerSettings":
@@ -337,7 +410,7 @@ def _put(values: dict[str, Any], path: tuple[str, ...], text: str) -> None:
     for key in path[:-1]:
         values = values.setdefault(key, {})
     # Only tuples need more than one value in a variable: "4,3,2,1".
-    values[path[-1]] = text.split(",") if path[-1] == "hop_ratio" else text
+    values[path[-1]] = text.split(",") if path[-1] in LISTS else text
 
 
 def _explain(error: ValidationError, profile: str) -> str:

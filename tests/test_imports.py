@@ -12,10 +12,10 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted(path for part in ("shared", "services") for path in (ROOT / part).rglob("*.py"))
 HEAVY = ("torch", "faiss", "verl", "lxml", "transformers", "ray", "sglang", "matplotlib")
 
+VERLS = ("agent_loop", "search_tool", "cpu_platform", "cpu_rollout", "verl_trainer")
 # Files that may import the package, anywhere in them.
 ANYWHERE = {
-    "verl": {f"services/trainer/{name}.py" for name in ("agent_loop", "search_tool", "cpu_platform", "cpu_rollout")}
-    | {"services/trainer/verl_main.py"},
+    "verl": {f"services/trainer/{name}.py" for name in VERLS} | {"services/trainer/verl_main.py"},
     "lxml": {"services/ingest/pubmed_xml.py"},
     "faiss": {"services/retrieval/index.py"},
     "torch": {
@@ -23,6 +23,7 @@ ANYWHERE = {
         "services/trainer/publish.py",
         "services/trainer/cpu_platform.py",
         "services/trainer/cpu_rollout.py",
+        "services/trainer/verl_trainer.py",
         "shared/generation.py",
         "shared/model_files.py",
     },

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / ".env.example", *sorted((ROOT / "docs").glob("*.md"))]
 PLACEHOLDER = "DRZERO_SECTION__FIELD"
+PROMPTS = sorted(path for path in (ROOT / "services/trainer/prompts").rglob("*") if path.is_file())
 LISTED_WHOLE = ("services", "shared")  # of other folders the tree shows the name only
 
 
@@ -103,7 +104,7 @@ def test_profile_table_has_all_profiles() -> None:
     assert sorted(re.findall(r"^\| `(\w+)`", table, re.MULTILINE)) == profiles()
 
 
-@pytest.mark.parametrize("prompt", sorted((ROOT / "services/trainer/prompts").iterdir()), ids=lambda path: path.name)
+@pytest.mark.parametrize("prompt", PROMPTS, ids=lambda path: path.name)
 def test_algorithm_page_shows_the_prompts_as_they_are(prompt: Path) -> None:
     page = (ROOT / "docs/algorithm.md").read_text(encoding="utf-8")
     assert f"```text\n{prompt.read_text(encoding='utf-8').rstrip()}\n```" in page

@@ -1,4 +1,4 @@
-"""The reward of a rollout through live services: its parts, its attempts, and that an outage is never a score."""
+"""The reward of a rollout through live services: its parts, its attempts; an outage is never a wrong answer."""
 
 import asyncio
 import json
@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 from model_services import chat_reply, search_reply, serving
+from tiny_model import tiny_tokenizer
 
-from services.trainer import outage, reward
+from services.trainer import reward
 from services.trainer.paths import run_paths
-from shared.clients import BadReply, Unavailable
 from shared.settings import Settings, build_settings
 
 TURN = "<think>x</think><question>Which kinase does metformin activate?</question><answer>AMPK</answer>"
@@ -20,15 +20,16 @@ CALL = '<tool_call>{"name": "search", "arguments": {"query_list": ["metformin"]}
 
 @pytest.fixture
 def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
     made = build_settings(
         {
             "DRZERO_STORAGE__DATA_DIR": str(tmp_path / "data"),
             "DRZERO_STORAGE__SCRATCH_DIR": str(tmp_path / "scratch"),
-            "DRZERO_TRAINER__PATIENCE_S": "0.5",
+            "DRZERO_SOLVER__MODEL": str(tmp_path / "model"),
+            "DRZERO_TRAINER__REWARD__ATTEMPT_DEADLINE_S": "2",
         }
     )
-    for module in (reward, outage):
-        monkeypatch.setattr(module, "load_settings", lambda: made_at(made))
+    monkeypatch.setattr(reward, "load_settings", lambda: made_at(made))
     return made
 
 
@@ -42,16 +43,25 @@ def made_at(settings: Settings) -> Settings:
     return settings.model_copy(update={"solver": solver, "retrieval": retrieval})
 
 
-def score(turn: str, hop: int = 1) -> dict[str, Any]:
-    trajectory = {"step": 1, "turns": [turn], "searches": [], "trained_tokens": 9}
-    info = {
-        "trajectory": json.dumps(trajectory),
-        "document": "Metformin activates AMPK.",
-        "split": "train",
-        "index": 0,
-        "pmid": "1",
-    }
-    return asyncio.run(reward.compute_score(f"search_biomedical_{hop}", turn, "", info))
+INFO = {"document": "Metformin activates AMPK.", "split": "train", "index": 0, "pmid": "1"}
+
+
+def score(turn: str, hop: int = 1, lost: str = "") -> dict[str, Any]:
+    trajectory = {"step": 1, "turns": [turn], "searches": [], "trained_tokens": 9, "lost": lost}
+    info = INFO | {"trajectory": json.dumps(trajectory)}
+
+    async def compute() -> dict[str, Any]:
+        try:
+            return await reward.compute_score(f"search_biomedical_{hop}", turn, "", info)
+        finally:
+            await reward.judging_of_this_loop().close()
+
+    return asyncio.run(compute())
+
+
+def written(settings: Settings) -> list[dict[str, Any]]:
+    """The verdicts in the run's log."""
+    return [json.loads(line) for path in run_paths(settings).log.iterdir() for line in path.read_text().splitlines()]
 
 
 def test_the_parts_and_the_attempts_make_the_score(settings: Settings) -> None:
@@ -67,8 +77,10 @@ def test_the_parts_and_the_attempts_make_the_score(settings: Settings) -> None:
     assert verdict["attempts_correct"] == 1
     assert verdict["difficulty"] == 1
     assert verdict["score"] == pytest.approx(0.5 * verdict["format"] + 1)
-    written = [json.loads(line) for path in run_paths(settings).log.iterdir() for line in path.read_text().splitlines()]
-    assert {a["ended"] for a in written[0]["attempts"]} == {"answered", "no_answer"}
+    verdict = written(settings)[0]
+    assert {a["ended"] for a in verdict["attempts"]} == {"answered", "no_answer"}
+    assert [a["seed"] for a in verdict["attempts"]] == reward.attempt_seeds(42, 1, verdict["question"], 3)
+    assert (verdict["valid"], verdict["invalid_reason"], verdict["reasoning_type"]) == (1, "", "entity")
 
 
 def test_an_attempt_may_search_and_goes_on_with_what_it_found(settings: Settings) -> None:
@@ -94,26 +106,92 @@ def test_without_a_question_the_solver_is_not_asked(settings: Settings) -> None:
     assert score("no tags")["attempts_made"] == 0
 
 
-def test_a_solver_that_stays_away_is_an_outage_and_never_a_score(settings: Settings) -> None:
+def test_a_solver_that_stays_away_makes_the_rollout_invalid_and_not_wrong(settings: Settings) -> None:
     ADDRESSES["solver"] = "http://127.0.0.1:9"
-    with pytest.raises(Unavailable, match="solver"):
-        score(TURN)
-    assert "solver" in (outage.read_outage(run_paths(settings).outage) or "")
+    verdict = score(TURN)
+    assert (verdict["valid"], verdict["score"], verdict["attempts_valid"]) == (0, 0, 0)
+    assert written(settings)[0]["invalid_reason"] == "solver"
 
 
-def test_a_search_that_stays_away_during_an_attempt_is_an_outage(settings: Settings) -> None:
+def test_a_search_that_stays_away_during_an_attempt_makes_the_rollout_invalid(settings: Settings) -> None:
     ADDRESSES["search"] = "http://127.0.0.1:9"
-    with serving(lambda _, __: chat_reply(CALL)) as ADDRESSES["solver"], pytest.raises(Unavailable, match="retrieval"):
-        score(TURN)
-    assert "retrieval" in (outage.read_outage(run_paths(settings).outage) or "")
+    with serving(lambda _, __: chat_reply(CALL)) as ADDRESSES["solver"]:
+        assert score(TURN)["valid"] == 0
+    assert written(settings)[0]["invalid_reason"] == "search"
 
 
-def test_garbage_from_the_solver_is_no_score(settings: Settings) -> None:
-    with serving(lambda _, __: (200, {"oops": 1})) as ADDRESSES["solver"], pytest.raises(BadReply, match="solver"):
-        score(TURN)
+def test_garbage_from_the_solver_is_no_wrong_answer(settings: Settings) -> None:
+    with serving(lambda _, __: (200, {"oops": 1})) as ADDRESSES["solver"]:
+        assert score(TURN)["valid"] == 0
 
 
-def test_an_unknown_data_source_is_an_error() -> None:
+def test_a_rollout_that_lost_its_search_is_not_sent_to_the_solver(settings: Settings) -> None:
+    ADDRESSES["solver"] = "http://127.0.0.1:9"
+    verdict = score(TURN, lost="retrieval")
+    assert (verdict["valid"], verdict["attempts_made"]) == (0, 0)
+    assert written(settings)[0]["invalid_reason"] == "retrieval"
+
+
+def test_one_lost_attempt_leaves_the_others_their_say(settings: Settings) -> None:
+    asked = Counter[str]()
+
+    def solve(_: str, __: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        asked["n"] += 1
+        return [chat_reply("<answer>AMPK</answer>"), (500, {}), chat_reply("<answer>mTOR</answer>")][asked["n"] - 1]
+
+    with serving(solve) as ADDRESSES["solver"]:
+        verdict = score(TURN)
+    assert (verdict["valid"], verdict["attempts_valid"], verdict["attempts_correct"]) == (1, 2, 1)
+    assert verdict["difficulty"] == 1
+
+
+def test_the_batch_entry_gives_the_same_scores_as_the_streaming_one(settings: Settings) -> None:
+    texts = [TURN, "no tags", TURN.replace("AMPK", "mTOR")]
+    with serving(lambda _, __: chat_reply("<answer>AMPK</answer>")) as ADDRESSES["solver"]:
+        streamed = [score(text) for text in texts]
+        batch = reward.compute_biomedical_challenger_score_batch(
+            ["search_biomedical_1"] * 3,
+            texts,
+            [None] * 3,
+            [INFO] * 3,
+            model_name="solver",
+            base_url=f"{ADDRESSES['solver']}/v1",
+            reward_rollout_n=3,
+        )
+    assert batch == streamed
+    assert [verdict["attempts_made"] for verdict in batch] == [3, 0, 3]
+
+
+def test_the_batch_entry_asks_the_named_model_as_often_as_told(settings: Settings) -> None:
+    models = Counter[str]()
+
+    def solve(_: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        models[body["model"]] += 1
+        return chat_reply("<answer>AMPK</answer>")
+
+    with serving(solve) as address:
+        reward.compute_biomedical_challenger_score_batch(
+            ["search_biomedical_1"], [TURN], [None], [INFO], model_name="qwen", base_url=address, reward_rollout_n=4
+        )
+    assert models == {"qwen": 4}
+
+
+def test_the_batch_entry_reads_turns_and_results_of_a_decoded_response(settings: Settings) -> None:
+    result = "user\n<tool_response>\nPMID 7: AMPK paper.\n</tool_response>\nassistant\n"
+    found = reward.read_response(f"<think>a</think>{CALL}\n{result}{TURN}")
+    assert found["searches"] == [{"queries": ["metformin"], "pmids": ["7"], "text": "PMID 7: AMPK paper."}]
+    proposal = reward.read_proposal(found, hop=2, info=INFO)
+    assert (proposal.searches, proposal.failed_calls, proposal.seen) == (1, 0, ("1", "7"))
+
+
+def test_attempt_seeds_are_the_same_for_the_same_question_and_differ_otherwise() -> None:
+    assert reward.attempt_seeds(1, 2, "q", 3) == reward.attempt_seeds(1, 2, "q", 3)
+    assert reward.attempt_seeds(1, 2, "q", 3) != reward.attempt_seeds(1, 3, "q", 3)
+    assert len(set(reward.attempt_seeds(1, 2, "q", 5))) == 5
+
+
+@pytest.mark.parametrize("source", ["gsm8k", "search_biomedical_", "search_biomedical_x", "search_zero_2"])
+def test_an_unknown_data_source_is_an_error(source: str) -> None:
     assert reward.hop_of("search_biomedical_3") == 3
     with pytest.raises(ValueError, match="search_biomedical_<hop>"):
-        reward.hop_of("gsm8k")
+        reward.hop_of(source)

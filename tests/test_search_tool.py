@@ -10,8 +10,6 @@ import pytest
 from model_services import search_reply, serving
 from tiny_model import tiny_tokenizer
 
-from services.trainer import outage
-from services.trainer.paths import run_paths
 from services.trainer.protocol import SEARCH_TOOL
 from shared.clients import Unavailable
 from shared.settings import build_settings
@@ -33,15 +31,12 @@ def tool_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             {
                 "DRZERO_RETRIEVAL__URL": address,
                 "DRZERO_TRAINER__PATIENCE_S": "0.4",
-                "DRZERO_STORAGE__DATA_DIR": str(tmp_path),
-                "DRZERO_STORAGE__SCRATCH_DIR": str(tmp_path),
+                "DRZERO_TRAINER__ACTOR__MODEL": str(tmp_path),
             }
         )
+        tiny_tokenizer().save_pretrained(tmp_path)
         monkeypatch.setattr(search_tool, "load_settings", lambda: settings)
-        monkeypatch.setattr(outage, "load_settings", lambda: settings)
-        return search_tool.SearchTool(
-            {"type": "native"}, OpenAIFunctionToolSchema.model_validate(SEARCH_TOOL)
-        ), settings
+        return search_tool.SearchTool({"type": "native"}, OpenAIFunctionToolSchema.model_validate(SEARCH_TOOL))
 
     return make
 
@@ -53,20 +48,23 @@ def test_the_model_reads_pmids_and_the_rollout_remembers_them(tool_at: Any) -> N
         return search_reply(body["queries"], "31415")
 
     with serving(search) as address:
-        tool, _ = tool_at(address)
-        reply, reward, _ = asyncio.run(tool.execute("", {"query_list": ["ampk"]}, agent_data=rollout))
+        tool = tool_at(address)
+        found = tool.execute("", {"query_list": ["ampk"]}, agent_data=rollout, room=200, note="Last turn.")
+        reply, reward, _ = asyncio.run(found)
     assert "PMID 31415" in reply.text
     assert reward == 0
-    assert rollout.searches == [{"queries": ["ampk"], "pmids": ["31415"], "text": reply.text}]
+    text = reply.text.removesuffix("\n\nLast turn.")
+    assert rollout.searches == [{"queries": ["ampk"], "pmids": ["31415"], "text": text}]
+    assert "Last turn" not in text
 
 
-def test_an_outage_is_raised_and_noted_and_never_told_to_the_model(tool_at: Any) -> None:
-    tool, settings = tool_at("http://127.0.0.1:9")
+def test_an_outage_is_raised_and_never_told_to_the_model(tool_at: Any) -> None:
     rollout = SimpleNamespace(searches=[])
     with pytest.raises(Unavailable, match="retrieval"):
-        asyncio.run(tool.execute("", {"query_list": ["ampk"]}, agent_data=rollout))
+        asyncio.run(
+            tool_at("http://127.0.0.1:9").execute("", {"query_list": ["ampk"]}, agent_data=rollout, room=9, note="")
+        )
     assert rollout.searches == []
-    assert "retrieval" in (outage.read_outage(run_paths(settings).outage) or "")
 
 
 def test_verl_gets_the_well_formed_calls_of_a_turn_and_no_other() -> None:

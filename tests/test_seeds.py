@@ -1,21 +1,54 @@
-"""Seeds: exact hop ratio, reproducible, held-out papers apart, a clear word when there are too few."""
+"""Seeds: who may be one, exact hops in every batch, prompts that fit as verl builds them, the same bytes again."""
 
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import structlog
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_model import tiny_tokenizer
 
-from services.trainer.seeds import draw_seeds, seed_row, spread_hops, write_rows
+from services.trainer import seeds
+from services.trainer.paths import RunPaths
+from services.trainer.protocol import SEARCH_TOOL
+from services.trainer.seeds import (
+    FittedSeed,
+    draw_seeds,
+    fit_prompts,
+    longest_fit,
+    make_seeds,
+    prompt_lengths,
+    prompt_of,
+    qualifying_rows,
+    read_pmids,
+    seed_row,
+    spread_hops,
+    write_rows,
+)
 from shared.command import UsageError
+from shared.corpus import write_shards
+from shared.files import publish, read_manifest
+from shared.model_files import CHAT_TEMPLATE
 from shared.records import Paper, Seed
-from shared.settings import TrainerSettings
+from shared.settings import TrainerSettings, build_settings
 
-PAPERS = [Paper(str(n), f"Title {n}", "word " * (20 + n)) for n in range(100)]
+NUMBERS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]
+PAPERS = [Paper(str(n), f"Paper {NUMBERS[n % 10]} {NUMBERS[n // 10]}", "word " * (20 + n)) for n in range(100) if n]
 SETTINGS = TrainerSettings(seeds=40, eval_seeds=10, prompts_per_step=4, min_abstract_words=30)
+NO_FILTER = TrainerSettings(min_abstract_words=0)
+NONE: frozenset[str] = frozenset()
+ROOT = Path(__file__).parents[1]
 
 
-def keep(text: str) -> str:
-    return text
+# --- hops
 
 
 @pytest.mark.parametrize(
@@ -23,40 +56,274 @@ def keep(text: str) -> str:
     [(10, [4, 3, 2, 1]), (100, [40, 30, 20, 10]), (7, [3, 2, 1, 1]), (1, [1, 0, 0, 0]), (0, [0] * 4)],
 )
 def test_hops_follow_the_ratio_exactly(count: int, expected: list[int]) -> None:
-    hops = spread_hops(count, (4, 3, 2, 1))
+    hops = spread_hops(count, (4, 3, 2, 1), 10)
     assert [hops.count(hop) for hop in (1, 2, 3, 4)] == expected
 
 
-def test_every_stretch_of_ten_seeds_has_its_share_of_hops() -> None:
-    hops = spread_hops(100, (4, 3, 2, 1))
-    for start in range(0, 100, 10):
-        assert [hops[start : start + 10].count(hop) for hop in (1, 2, 3, 4)] == [4, 3, 2, 1]
+@given(
+    count=st.integers(0, 300),
+    batch=st.integers(1, 80),
+    ratio=st.lists(st.integers(0, 50), min_size=4, max_size=4).filter(any),
+)
+def test_every_batch_has_each_hops_share_to_within_one(count: int, batch: int, ratio: list[int]) -> None:
+    hops, total = spread_hops(count, ratio, batch), sum(ratio)
+    assert len(hops) == count
+    for start in range(0, count, batch):
+        part = hops[start : start + batch]
+        for hop, weight in enumerate(ratio, start=1):
+            assert abs(part.count(hop) - len(part) * weight / total) < 1
 
 
-def test_the_same_seed_draws_the_same_papers_and_another_does_not() -> None:
-    first, second = draw_seeds(PAPERS, SETTINGS, keep), draw_seeds(PAPERS, SETTINGS, keep)
-    other = draw_seeds(PAPERS, SETTINGS.model_copy(update={"seed": 7}), keep)
-    assert first == second != other
+@given(count=st.integers(0, 300), batch=st.integers(1, 80), ratio=st.permutations([4, 3, 2, 1, 0]))
+def test_batches_change_the_order_of_hops_and_not_their_number(count: int, batch: int, ratio: list[int]) -> None:
+    assert sorted(spread_hops(count, ratio, batch)) == sorted(spread_hops(count, ratio, max(count, 1)))
+
+
+def test_seeds_are_not_all_of_one_hop() -> None:
+    draw = draw_seeds(PAPERS, SETTINGS, NONE)
+    assert [sum(seed.hop == hop for seed in draw.train) for hop in (1, 2, 3, 4)] == [16, 12, 8, 4]
+    assert [sum(seed.hop == hop for seed in draw.held_out) for hop in (1, 2, 3, 4)] == [4, 3, 2, 1]
+
+
+# --- the draw
+
+
+def test_sampling_is_seeded() -> None:
+    first, second = draw_seeds(PAPERS, SETTINGS, NONE), draw_seeds(PAPERS, SETTINGS, NONE)
+    other = draw_seeds(PAPERS, SETTINGS.model_copy(update={"seed": 7}), NONE)
+    assert first == second
+    assert {seed.pmid for seed in first.train} != {seed.pmid for seed in other.train}
 
 
 def test_held_out_papers_are_no_training_papers_and_short_abstracts_are_none() -> None:
-    train, held_out = draw_seeds(PAPERS, SETTINGS, keep)
-    assert len(train) == 40
-    assert len(held_out) == 10
-    assert not {s.pmid for s in train} & {s.pmid for s in held_out}
-    assert all(int(s.pmid) >= 10 for s in train + held_out)
+    draw = draw_seeds(PAPERS, SETTINGS, NONE)
+    assert len(draw.train) == 40
+    assert len(draw.held_out) == 10
+    assert not {s.pmid for s in draw.train} & {s.pmid for s in draw.held_out}
+    assert all(int(s.pmid) >= 10 for s in draw.train + draw.held_out)
+    assert draw.left_out == {"short_abstract": 9}
 
 
-def test_too_few_papers_are_named_with_a_remedy() -> None:
-    with pytest.raises(UsageError, match=r"expected 50 papers .* found 20 .*DRZERO_TRAINER__SEEDS"):
-        draw_seeds(PAPERS[:30], SETTINGS, keep)
+def test_too_few_papers_are_named_with_reasons_and_a_remedy() -> None:
+    with pytest.raises(UsageError, match=r"expected 50 papers .* found 20 of 29 .*short_abstract 9.*_TRAINER__SEEDS "):
+        draw_seeds(PAPERS[:29], SETTINGS, NONE)
 
 
-def test_rows_survive_parquet_with_verls_columns(tmp_path: Path) -> None:
+# --- which papers
+
+
+def kept(papers: list[Paper], settings: TrainerSettings, excluded: frozenset[str] = NONE) -> list[str]:
+    return [papers[row].pmid for row in qualifying_rows(papers, settings, excluded)[0]]
+
+
+@pytest.mark.parametrize(
+    ("term", "fits"),
+    [
+        ("Lung Neoplasms", True), ("lung neoplasms", True), ("*Lung Neoplasms", True),
+        ("Lung Neoplasms/*genetics", True), ("Neoplasms", False), ("Genetics/Lung Neoplasms", False), ("", False),
+    ],
+)  # fmt: skip
+def test_a_mesh_filter_looks_at_descriptors_in_any_case(term: str, fits: bool) -> None:
+    settings = NO_FILTER.model_copy(update={"seed_mesh": ("Lung neoplasms", "Asthma")})
+    papers = [Paper("1", "T", "A", mesh_terms=("Humans", term))]
+    assert qualifying_rows(papers, settings, NONE) == (([0], {}) if fits else ([], {"other_mesh": 1}))
+
+
+@pytest.mark.parametrize(
+    ("text", "fits"),
+    [
+        ("A role of IL-6.", True), ("il-6 levels", True), ("anti-IL-6-therapy", True), ("Kinase inhibitors", True),
+        ("IL-60 levels", False), ("kinases", False), ("HIL-6", False),
+    ],
+)  # fmt: skip
+def test_a_keyword_is_a_whole_word_of_title_or_abstract(text: str, fits: bool) -> None:
+    settings = NO_FILTER.model_copy(update={"seed_keywords": (" IL-6", "kinase")})
+    for paper in (Paper("1", text, "A"), Paper("1", "T", text)):
+        assert qualifying_rows([paper], settings, NONE) == (([0], {}) if fits else ([], {"no_keyword": 1}))
+
+
+def test_one_paper_under_two_ids_or_one_id_with_two_papers_is_one_seed() -> None:
+    papers = [
+        Paper("1", "The Role of X", "It acts, on Y."),
+        Paper("2", "The role of X.", "It  acts on Y"),
+        Paper("1", "Another", "text"),
+        Paper("3", "A third", "text"),
+    ]
+    assert kept(papers, NO_FILTER) == ["1", "3"]
+    assert qualifying_rows(papers, NO_FILTER, NONE)[1] == {"double": 2}
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2)])
+def test_an_excluded_paper_is_no_seed_under_another_id_either(order: tuple[int, ...]) -> None:
+    papers = [Paper("1", "A title", "text"), Paper("2", "A Title.", "Text"), Paper("3", "Another", "text")]
+    rows, left_out = qualifying_rows([papers[place] for place in order], NO_FILTER, frozenset({"1"}))
+    assert rows == [2]
+    assert left_out == {"excluded": 2}
+
+
+def test_pmid_files_may_have_comments_and_blank_lines(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("# an evaluation set\n123\n\n 456 # yes/no\n", encoding="utf-8")
+    (tmp_path / "b.txt").write_text("\ufeff789\r\n123", encoding="utf-8")
+    assert read_pmids([tmp_path / "a.txt", tmp_path / "b.txt"]) == {"123", "456", "789"}
+
+
+@pytest.mark.parametrize("line", ["PMC123", "12 34", "0123", "12345678901", "١٢٣"])
+def test_a_line_that_is_no_pmid_is_named_with_file_and_line(tmp_path: Path, line: str) -> None:
+    file = tmp_path / "held.txt"
+    file.write_text(f"1\n{line}\n", encoding="utf-8")
+    with pytest.raises(UsageError, match=r"held\.txt, line 2: expected one PMID.*DRZERO_TRAINER__EXCLUDE_PMIDS"):
+        read_pmids([file])
+
+
+def test_a_missing_pmid_file_is_named_with_its_variable(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"none\.txt of DRZERO_TRAINER__EXCLUDE_PMIDS, found none"):
+        read_pmids([tmp_path / "none.txt"])
+
+
+# --- prompts that fit
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a byte-level tokenizer and this project's chat template."""
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE.read_text(encoding="utf-8")
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def fitting(**changes: Any) -> TrainerSettings:
+    return TrainerSettings(prompts="short-v1", document_tokens=400, prompt_tokens=4000).model_copy(update=changes)
+
+
+LONG = Seed(0, "123", 2, "A long document about the gene BRCA1. " * 8)
+
+
+@given(most=st.integers(0, 200), edge=st.integers(-1, 200))
+def test_the_longest_fit_is_the_last_size_that_fits(most: int, edge: int) -> None:
+    assert longest_fit(most, lambda size: size <= edge) == min(most, edge)
+
+
+def test_a_document_is_cut_to_its_tokens(model: str) -> None:
+    (fitted,) = fit_prompts([LONG], trainer=fitting(document_tokens=20), model=model)
+    assert fitted.seed.document == LONG.document[:20]
+    assert not fitted.shortened
+
+
+def test_a_prompt_that_is_too_long_loses_the_end_of_its_document_and_nothing_else(model: str) -> None:
+    whole = prompt_lengths(model, [prompt_of(LONG, fitting())])[0]
+    for limit in (whole, whole - 1, whole - 100):
+        trainer = fitting(prompt_tokens=limit)
+        (fitted,) = fit_prompts([LONG], trainer=trainer, model=model)
+        assert fitted.prompt_tokens == limit  # a byte is a token: the longest that fits uses all
+        assert fitted.prompt_tokens == prompt_lengths(model, [prompt_of(fitted.seed, trainer)])[0]
+        assert LONG.document.startswith(fitted.seed.document)
+        assert fitted.shortened == (limit < whole)
+
+
+def test_over_long_prompts_are_an_error_where_no_document_would_fit(model: str) -> None:
+    empty = prompt_lengths(model, [prompt_of(replace(LONG, document=""), fitting())])[0]
+    with pytest.raises(UsageError, match=rf"DRZERO_TRAINER__PROMPT_TOKENS = {empty} .* has {empty} without"):
+        fit_prompts([LONG], trainer=fitting(prompt_tokens=empty), model=model)
+
+
+def test_the_prompt_limit_is_measured_with_tool_schema_and_worked_examples(model: str) -> None:
+    plain, shown = (prompt_of(LONG, fitting(worked_examples=examples)) for examples in (0, 2))
+    tokenizer = seeds.load_tokenizer(model)
+    with_tool, with_examples = prompt_lengths(model, [plain, shown])
+    bare = tokenizer.apply_chat_template(plain, add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert with_tool > len(bare) + len(SEARCH_TOOL["function"]["description"])
+    assert with_examples > with_tool
+
+
+def test_prompts_are_measured_as_verls_agent_loop_builds_them(model: str) -> None:
+    builders = pytest.importorskip("verl.utils.tokenizer.continuous_token_wiring", reason="verl is the trainer's")
+    schemas = pytest.importorskip("verl.tools.schemas")
+    tool = schemas.OpenAIFunctionToolSchema(**SEARCH_TOOL).model_dump(exclude_unset=True, exclude_none=True)
+    builder = builders.create_continuous_token_builder(seeds.load_tokenizer(model), hf_model_type="qwen2")
+    prompts = [prompt_of(LONG, fitting(worked_examples=examples)) for examples in (0, 1, 2)]
+    assert prompt_lengths(model, prompts) == [len(builder.build_initial_tokens(p, tools=[tool])) for p in prompts]
+
+
+def test_a_model_without_tokenizer_or_template_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"expected a tokenizer at .*DRZERO_TRAINER__ACTOR__MODEL"):
+        seeds.load_tokenizer(str(tmp_path))
+    tiny_tokenizer().save_pretrained(tmp_path / "bare")
+    with pytest.raises(UsageError, match=r"expected a chat template .*DRZERO_TRAINER__ACTOR__MODEL"):
+        seeds.load_tokenizer(str(tmp_path / "bare"))
+
+
+# --- rows
+
+
+def structs(type_: pa.DataType) -> Iterator[pa.StructType]:
+    if pa.types.is_struct(type_):
+        yield type_
+        for field in type_:
+            yield from structs(field.type)
+
+
+def test_rows_survive_parquet_with_verls_columns_and_no_empty_dicts(tmp_path: Path) -> None:
     path = tmp_path / "rows.parquet"
-    write_rows([seed_row(Seed(0, "123", 2, "A paper."), "train", 2)], str(path))
-    row = pq.read_table(path).to_pylist()[0]
-    assert row["data_source"] == "search_biomedical_2"
+    trainer = fitting(seed=9, worked_examples=2)
+    rows = [seed_row(FittedSeed(Seed(0, "123", 2, "A paper."), 77), trainer, "train")]
+    write_rows(rows, path)
+    table = pq.read_table(path)
+    assert table.to_pylist() == rows
+    row = rows[0]
+    assert set(row) == {"prompt", "data_source", "ability", "reward_model", "agent_name", "extra_info"}
+    assert row["data_source"] == f"search_biomedical_{row['extra_info']['hop']}"
     assert row["extra_info"]["tools_kwargs"]["search"]["create_kwargs"]["data_source"] == "search_biomedical_2"
+    assert (row["extra_info"]["draw_seed"], row["extra_info"]["prompt_tokens"]) == (9, 77)
     assert row["prompt"][-1]["role"] == "user"
-    assert {"prompt", "data_source", "ability", "reward_model", "agent_name", "extra_info"} == set(row)
+    assert all(kind.num_fields for field in table.schema for kind in structs(field.type))
+
+
+# --- the stage
+
+MAKE = """
+import sys
+from pathlib import Path
+from test_seeds import make
+make(Path(sys.argv[1]), sys.argv[2], "again")
+"""
+
+
+def make(data: Path, model: str, name: str) -> Path:
+    """Make the seeds of a run `name` and return their folder."""
+    variables = {
+        "SEEDS": 30, "EVAL_SEEDS": 10, "PROMPTS_PER_STEP": 4, "MIN_ABSTRACT_WORDS": 30, "PROMPT_TOKENS": 4000,
+        "DOCUMENT_TOKENS": 100, "ACTOR__MODEL": model, "SEED": 42, "EXCLUDE_PMIDS": data / "excluded.txt",
+    }  # fmt: skip
+    settings = build_settings({f"DRZERO_TRAINER__{key}": str(value) for key, value in variables.items()})
+    paths = RunPaths(kept=data / name, work=data / "work", corpus=data / "corpus", index=data / "index")
+    make_seeds(settings, paths, structlog.get_logger())
+    return paths.seeds
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    with publish(tmp_path / "corpus", settings={}, made_from={}) as draft:
+        draft.rows = write_shards(PAPERS, draft.path, 64)
+    (tmp_path / "excluded.txt").write_text("50\n51\n", encoding="utf-8")
+    return tmp_path
+
+
+def test_the_same_seed_gives_the_same_bytes_in_another_process_which_never_loads_transformers(
+    data: Path, model: str
+) -> None:
+    first = make(data, model, "first")
+    script = MAKE + 'assert "transformers" not in sys.modules and "torch" not in sys.modules'
+    places = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    subprocess.run([sys.executable, "-c", script, str(data), model], cwd=data, env=places, check=True, timeout=120)
+    manifest, again = read_manifest(first), read_manifest(data / "again" / "seeds")
+    assert again.files == manifest.files
+    assert manifest.settings["seed"] == 42
+    assert manifest.counts["left_out_excluded"] == 2
+    assert manifest.counts["left_out_short_abstract"] == 9
+    rows = [row for split in ("train", "held_out") for row in pq.read_table(first / f"{split}.parquet").to_pylist()]
+    lengths = [row["extra_info"]["prompt_tokens"] for row in rows]
+    assert max(lengths) == manifest.counts["prompt_tokens_max"] <= 4000
+    assert {row["extra_info"]["draw_seed"] for row in rows} == {42}
+    assert not {row["extra_info"]["pmid"] for row in rows} & {"50", "51"}

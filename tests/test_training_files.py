@@ -1,22 +1,24 @@
 """What a killed training leaves behind, and what a resume makes of it."""
 
 import json
+import math
 import os
+import time
 from pathlib import Path
 
-from services.trainer.checkpoints import discard_incomplete, newest_checkpoint, prune
+from services.trainer.checkpoints import discard_incomplete, go_back, keep_copy, newest_checkpoint, prune
 from services.trainer.evaluate import interval
-from services.trainer.paths import run_paths
 from services.trainer.records import (
     HELD_OUT,
     TRAIN,
+    append_refusal,
     compact,
     mean_parts,
     read_metrics,
     read_verdicts,
     seconds_trained,
 )
-from services.trainer.train import signs_of_progress
+from services.trainer.train import validated
 from shared.settings import build_settings
 
 
@@ -30,7 +32,8 @@ def write_checkpoint(folder: Path, step: int, *, complete: bool = True) -> None:
 
 
 def verdict(split: str, step: int, index: int, score: float = 0.5) -> dict[str, object]:
-    return {"split": split, "step": step, "index": index, "time": step + index / 100, "score": score, "hop": 1}
+    row = {"split": split, "step": step, "index": index, "time": step + index / 100, "score": score, "hop": 1}
+    return row | {"valid": 1.0}
 
 
 def write_verdicts(log: Path, rows: list[dict[str, object]], tail: str = "") -> None:
@@ -50,6 +53,43 @@ def test_a_checkpoint_without_its_last_file_is_none(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["global_step_10"]
 
 
+def test_the_last_good_checkpoint_outlives_the_rotation_and_becomes_the_newest_again(tmp_path: Path) -> None:
+    checkpoints, kept = tmp_path / "checkpoints", tmp_path / "good"
+    for step in (1, 2, 3):
+        write_checkpoint(checkpoints, step)
+    keep_copy(checkpoints, kept, through=2)
+    keep_copy(checkpoints, kept, through=2)
+    prune(checkpoints, 1)
+    assert go_back(checkpoints, kept, through=2) == (2, checkpoints / "global_step_2")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
+
+
+def test_without_a_checkpoint_from_before_the_alarm_there_is_none_to_go_back_to(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "checkpoints", 3)
+    keep_copy(tmp_path / "checkpoints", tmp_path / "good", through=2)
+    assert go_back(tmp_path / "checkpoints", tmp_path / "good", through=2) is None
+
+
+def test_rollouts_of_a_refused_try_do_not_count(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    write_verdicts(log, [verdict(TRAIN, 1, 0) | {"time": 1.0}])
+    append_refusal(log, step=1, text="half of it lost")
+    later = [verdict(TRAIN, 1, 0) | {"time": time.time() + 9}, verdict(TRAIN, 2, 0), verdict(HELD_OUT, 1, 0)]
+    (log / "verdicts-78.jsonl").write_text("".join(json.dumps(row) + "\n" for row in later))
+    assert {step: len(rows) for step, rows in read_verdicts(log, TRAIN).items()} == {1: 1, 2: 1}
+    assert len(read_verdicts(log, HELD_OUT)[1]) == 1
+
+
+def test_a_validation_stands_when_few_of_its_rows_were_lost() -> None:
+    trainer = build_settings({"DRZERO_TRAINER__EVAL_SEEDS": "4"}).trainer
+    rows = [verdict(HELD_OUT, 0, i) for i in range(4)]
+    lost = [row | {"valid": 0.0} for row in rows]
+    assert validated(rows, trainer)
+    assert validated([*rows[:3], lost[3]], trainer)
+    assert not validated([*rows[:2], *lost[2:]], trainer)
+    assert not validated(rows[:3], trainer)
+
+
 def test_a_line_cut_off_by_a_kill_is_skipped(tmp_path: Path) -> None:
     write_verdicts(tmp_path / "log", [verdict(TRAIN, 1, 0)], tail='{"split": "tra')
     assert [len(rows) for rows in read_verdicts(tmp_path / "log", TRAIN).values()] == [1]
@@ -60,11 +100,19 @@ def test_a_resume_keeps_finished_steps_and_whole_validations_only(tmp_path: Path
     rows = [verdict(TRAIN, step, i) for step in (1, 2, 3) for i in (0, 1)]
     rows += [verdict(HELD_OUT, 0, 0), verdict(HELD_OUT, 0, 1), verdict(HELD_OUT, 2, 0)]
     write_verdicts(log, rows)
-    compact(log, through=2, held_out=2)
-    assert sorted(read_verdicts(log, TRAIN)) == [1, 2]
-    assert sorted(read_verdicts(log, HELD_OUT)) == [0]
-    compact(log, through=2, held_out=2)
-    assert sorted(read_verdicts(log, TRAIN)) == [1, 2]
+    for _ in range(2):
+        compact(log, through=2, validation_stands=lambda found: len(found) == 2)
+        assert sorted(read_verdicts(log, TRAIN)) == [1, 2]
+        assert sorted(read_verdicts(log, HELD_OUT)) == [0]
+
+
+def test_a_resume_forgets_the_metrics_of_steps_that_will_be_repeated(tmp_path: Path) -> None:
+    path = tmp_path / "metrics-5.jsonl"
+    path.write_text("".join(json.dumps({"step": step, "data": {"loss": None}}) + "\n" for step in (1, 2, 3)))
+    os.utime(path, (130, 130))
+    compact(tmp_path, through=2, validation_stands=bool)
+    assert sorted(read_metrics(tmp_path)) == [1, 2]
+    assert path.stat().st_mtime == 130
 
 
 def test_metrics_of_a_repeated_step_are_the_newest(tmp_path: Path) -> None:
@@ -74,8 +122,15 @@ def test_metrics_of_a_repeated_step_are_the_newest(tmp_path: Path) -> None:
     assert read_metrics(tmp_path) == {1: {"loss": 7.0}}
 
 
+def test_a_number_that_is_not_finite_is_read_as_such(tmp_path: Path) -> None:
+    (tmp_path / "metrics-1.jsonl").write_text('{"step": 1, "data": {"loss": null}}\n')
+    assert math.isnan(read_metrics(tmp_path)[1]["loss"])
+
+
 def test_means_are_of_the_numbers_by_name() -> None:
-    assert mean_parts([verdict(TRAIN, 1, 0, 0.25), verdict(TRAIN, 1, 1, 0.75)]) == {"score": 0.5}
+    lost = verdict(TRAIN, 1, 2, 0.0) | {"valid": 0.0}
+    means = mean_parts([verdict(TRAIN, 1, 0, 0.25), verdict(TRAIN, 1, 1, 0.75), lost])
+    assert means == {"score": 0.5, "valid": 1.0}
 
 
 def test_an_interval_of_one_value_has_no_width() -> None:
@@ -89,13 +144,3 @@ def test_the_time_of_a_training_is_the_sum_of_its_attempts(tmp_path: Path) -> No
         path.touch()
         os.utime(path, (ended, ended))
     assert seconds_trained(tmp_path) == 45
-
-
-def test_a_trainer_that_only_writes_that_it_waits_shows_no_progress(tmp_path: Path) -> None:
-    paths = run_paths(build_settings({"DRZERO_STORAGE__SCRATCH_DIR": str(tmp_path)}))
-    paths.log.mkdir(parents=True)
-    before = signs_of_progress(paths)
-    (paths.log / "verl.log").write_text("pending: 0, running: 1")
-    assert signs_of_progress(paths) == before
-    write_verdicts(paths.log, [verdict(TRAIN, 1, 0)])
-    assert signs_of_progress(paths) != before

@@ -2,9 +2,11 @@
 
 - ChatML models get ChatML turn boundaries, whatever their architecture is called.
 - Under `guided_tool_call` the first turn of a prompt with more than one hop is decoded as a well-formed search call.
-- Each turn has a token budget, and every turn also one of what is left of the response.
-- An outage ends the rollout as an error; it is never shown to the model.
-- What the reward needs to know travels as one JSON text: turns, searches, seed.
+- Each turn has a token budget, and every turn also one of what is left of the response. Search results are cut so that
+  a last turn still fits, and the model is told when its last turn has come.
+- A search that the service did not answer ends the rollout as lost, which makes it invalid; the outage is never shown
+  to the model as if it were a result.
+- What the reward needs to know travels as one JSON text: turns, searches, what was lost.
 
 The sampled token ids are the ones that are trained on: verl merges ids, text is never tokenised again.
 """
@@ -17,13 +19,15 @@ from verl.experimental.agent_loop.tool_agent_loop import AgentData, AgentState, 
 from verl.experimental.agent_loop.tool_parser import FunctionCall, ToolParser
 from verl.tools.schemas import ToolResponse
 
-from services.trainer.protocol import GUIDED_CALL, PARSER
+from services.trainer.protocol import GUIDED_CALL, PARSER, last_turn_note
 from shared.clients import ServiceError
 from shared.settings import load_settings
 from shared.transcript import SearchCall, search_calls
 
 CHATML_END = "<|im_end|>"
 CHATML_TYPE = "qwen2"  # verl's name for models whose turns end with <|im_end|> and a newline
+FINAL_TURN_TOKENS = 128  # kept free for a question and its answer
+RESULT_MARKUP_TOKENS = 64  # what chat template and last-turn note add to a search result
 
 
 @ToolParser.register(PARSER)
@@ -47,6 +51,7 @@ class SearchAgentLoop(ToolAgentLoop):  # type: ignore[misc]
         self._turns: list[str] = []
         self._searches: list[dict[str, Any]] = []
         self._hop = 1
+        self._lost = ""
 
     async def run(self, sampling_params: dict[str, Any], **kwargs: Any) -> AgentLoopOutput:
         """Roll out one prompt; verl makes a fresh loop object for each."""
@@ -56,6 +61,7 @@ class SearchAgentLoop(ToolAgentLoop):  # type: ignore[misc]
             "step": int(kwargs.get("global_steps", 0)),
             "turns": self._turns,
             "searches": self._searches,
+            "lost": self._lost,
             "prompt_tokens": len(output.prompt_ids),
             "response_tokens": len(output.response_ids),
             "trained_tokens": sum(output.response_mask),
@@ -75,15 +81,32 @@ class SearchAgentLoop(ToolAgentLoop):  # type: ignore[misc]
         self._turns.append(self.tokenizer.decode(agent_data.response_ids, skip_special_tokens=True))
         return state
 
+    async def _handle_processing_tools_state(self, agent_data: AgentData) -> AgentState:
+        try:
+            return await super()._handle_processing_tools_state(agent_data)
+        except ServiceError as error:
+            self._lost = error.service
+            return AgentState.TERMINATED
+
     async def _call_tool(
         self, tool_call: FunctionCall, tools_kwargs: dict[str, Any], agent_data: AgentData
     ) -> tuple[ToolResponse, float, dict[str, Any]]:
         # verl's own version turns every exception into a text for the model, outages included.
         tool = self.tools[tool_call.name]
-        try:
-            return await tool.execute("", json.loads(tool_call.arguments), agent_data=agent_data)  # type: ignore[no-any-return]
-        except ServiceError as error:
-            raise RuntimeError(f"rollout lost: {error}") from error
+        calls = agent_data.tool_calls[: self.max_parallel_calls]
+        room, last = self._room(agent_data, len(calls))
+        note = last_turn_note("proposer") if last and tool_call is calls[-1] else ""
+        arguments = json.loads(tool_call.arguments)
+        return await tool.execute("", arguments, agent_data=agent_data, room=room, note=note)  # type: ignore[no-any-return]
+
+    def _room(self, agent_data: AgentData, calls: int) -> tuple[int, bool]:
+        """Tokens for each result of this turn's calls, and whether the next turn is the last one."""
+        final = min(self._settings.turn_tokens, FINAL_TURN_TOKENS)
+        left = self.response_length - len(agent_data.response_mask) - final
+        room = max(0, min(self._settings.max_tool_tokens, left // calls - RESULT_MARKUP_TOKENS))
+        after = left - calls * (room + RESULT_MARKUP_TOKENS)
+        no_more_turns = agent_data.assistant_turns >= self.max_assistant_turns - 1
+        return room, no_more_turns or after < final + RESULT_MARKUP_TOKENS + self._settings.max_tool_tokens
 
 
 def _arguments(call: SearchCall) -> str:

@@ -4,6 +4,7 @@ verl writes `global_step_<n>/actor`, then `global_step_<n>/data.pt`, then the nu
 leave a folder without data.pt, or an empty tracker; neither is taken for a checkpoint or stops a resume.
 """
 
+import os
 import re
 import shutil
 from pathlib import Path
@@ -12,13 +13,39 @@ TRACKER = "latest_checkpointed_iteration.txt"
 STEP = re.compile(r"global_step_(\d+)")
 
 
-def newest_checkpoint(folder: Path) -> tuple[int, Path] | None:
-    """Step and folder of the newest complete checkpoint, or None."""
+def newest_checkpoint(folder: Path, through: int | None = None) -> tuple[int, Path] | None:
+    """Step and folder of the newest complete checkpoint (of at most step `through`), or None."""
     steps = {int(match[1]): path for path in folder.glob("global_step_*") if (match := STEP.fullmatch(path.name))}
     for step in sorted(steps, reverse=True):
-        if is_complete(steps[step]):
+        if (through is None or step <= through) and is_complete(steps[step]):
             return step, steps[step]
     return None
+
+
+def keep_copy(folder: Path, target: Path, *, through: int) -> None:
+    """Keep the newest checkpoint of at most step `through` as hard links in `target`, unless it is there already."""
+    newest = newest_checkpoint(folder, through)
+    if newest is None or (target / newest[1].name).is_dir():
+        return
+    draft = target / f".{newest[1].name}"
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(newest[1], draft, copy_function=os.link)
+    draft.rename(target / newest[1].name)
+
+
+def go_back(folder: Path, kept: Path, *, through: int) -> tuple[int, Path] | None:
+    """Make the last good checkpoint the newest one: later ones are removed, a kept copy is put back.
+
+    Returns its step and folder, or None when there was none yet.
+    """
+    for path in folder.glob("global_step_*"):
+        if int(path.name.rpartition("_")[2]) > through:
+            shutil.rmtree(path)
+    good = newest_checkpoint(kept, through)
+    if good is not None and not (folder / good[1].name).is_dir():
+        good[1].rename(folder / good[1].name)
+    shutil.rmtree(kept, ignore_errors=True)
+    return newest_checkpoint(folder)
 
 
 def is_complete(checkpoint: Path) -> bool:

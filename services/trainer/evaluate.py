@@ -12,7 +12,7 @@ from typing import Any
 import structlog
 
 from services.trainer.paths import RunPaths
-from services.trainer.records import Verdict, mean_parts, read_lines
+from services.trainer.records import Verdict, mean_parts, read_lines, valid_only
 from shared.files import ArtifactError, publish, read_manifest, stale_reason
 from shared.settings import Settings
 
@@ -24,12 +24,12 @@ def evaluate(settings: Settings, paths: RunPaths, log: structlog.stdlib.BoundLog
         log.info("evaluation reused", path=str(paths.evaluation))
         return
     rows = list(read_lines(paths.training / "held_out.jsonl"))
-    before = [v for v in rows if v["step"] == 0]
-    after = [v for v in rows if v["step"] == settings.trainer.steps]
-    if len(before) != len(after) or not after:
+    before = [v for v in valid_only(rows) if v["step"] == 0]
+    after = [v for v in valid_only(rows) if v["step"] == settings.trainer.steps]
+    if not before or not after:
         raise ArtifactError(
-            f"expected as many held-out rollouts before as after training, found {len(before)} and {len(after)}; "
-            f"delete {paths.training} and run the stage train again"
+            f"expected judged held-out rollouts before and after training, found {len(before)} and {len(after)} (of "
+            f"{len(rows)} in all); delete {paths.training} and run the stage train again"
         )
     change = json.loads((paths.weights / "change.json").read_text(encoding="utf-8"))
     result = {"before": summary(before), "after": summary(after), "weights": change}
@@ -46,7 +46,7 @@ def evaluate(settings: Settings, paths: RunPaths, log: structlog.stdlib.BoundLog
 
 
 def summary(verdicts: list[Verdict]) -> dict[str, Any]:
-    """Per number in the verdicts: mean, 95 % half-width and count."""
+    """Per number in the verdicts, which are all valid: mean, 95 % half-width and count."""
     return {name: interval([v[name] for v in verdicts]) for name in mean_parts(verdicts)}
 
 

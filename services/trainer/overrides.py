@@ -9,10 +9,11 @@ import math
 from typing import Any
 
 from services.trainer.paths import RunPaths
-from services.trainer.protocol import PARSER
+from services.trainer.protocol import PARSER, TRAINER
 from shared.hardware import cpu_dtype
 from shared.settings import Settings
 
+MAX_PARALLEL_CALLS = 4  # search calls that are carried out in one turn; further ones count as failed
 RAY_CPUS = 64  # logical: verl's many small actors each claim one; it bounds nothing
 
 
@@ -21,7 +22,8 @@ def verl_overrides(settings: Settings, paths: RunPaths, *, model: str, resume_fr
     trainer, actor = settings.trainer, settings.trainer.actor
     sequences = trainer.prompts_per_step * trainer.rollouts_per_prompt
     values: dict[str, Any] = {
-        "algorithm.adv_estimator": trainer.advantage,
+        # Only a name to verl: verl_trainer.py computes `trainer.advantage` itself, hops and invalid rollouts included.
+        "algorithm.adv_estimator": "grpo",
         "algorithm.use_kl_in_reward": False,
         # --- data
         "data.train_files": str(paths.seeds / "train.parquet"),
@@ -70,7 +72,7 @@ def verl_overrides(settings: Settings, paths: RunPaths, *, model: str, resume_fr
         "actor_rollout_ref.rollout.skip_tokenizer_init": not trainer.guided_tool_call,
         "actor_rollout_ref.rollout.multi_turn.enable": True,
         "actor_rollout_ref.rollout.multi_turn.max_assistant_turns": trainer.max_turns,
-        "actor_rollout_ref.rollout.multi_turn.max_tool_response_length": trainer.max_tool_chars,
+        "actor_rollout_ref.rollout.multi_turn.max_parallel_calls": MAX_PARALLEL_CALLS,
         "actor_rollout_ref.rollout.multi_turn.tool_config_path": str(paths.tools_file),
         "actor_rollout_ref.rollout.multi_turn.format": PARSER,
         "actor_rollout_ref.rollout.agent.num_workers": trainer.agent_workers,
@@ -81,12 +83,14 @@ def verl_overrides(settings: Settings, paths: RunPaths, *, model: str, resume_fr
         "reward.custom_reward_function.path": "pkg://services.trainer.reward",
         "reward.custom_reward_function.name": "compute_score",
         # --- the run
+        "trainer.v1.trainer_mode": TRAINER,
         "trainer.device": actor.device,
         "trainer.n_gpus_per_node": actor.gpus,
         "trainer.nnodes": actor.nodes,
         "trainer.project_name": "drzero",
         "trainer.experiment_name": trainer.run,
-        "trainer.total_epochs": math.ceil(trainer.steps * trainer.prompts_per_step / trainer.seeds) + 1,
+        # verl drops the incomplete last batch of each pass over the seeds.
+        "trainer.total_epochs": math.ceil(trainer.steps / (trainer.seeds // trainer.prompts_per_step)) + 1,
         "trainer.total_training_steps": trainer.steps,
         "trainer.logger": ["console", "file"],
         "trainer.save_freq": trainer.save_every,

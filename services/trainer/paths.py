@@ -46,6 +46,16 @@ class RunPaths:
         return self.work / "checkpoints"
 
     @property
+    def good(self) -> Path:
+        """A copy of the last checkpoint before the training went wrong, made at the first alarm."""
+        return self.work / "good"
+
+    @property
+    def last_good(self) -> Path:
+        """Artifact: weights of the last good checkpoint of a training that a guard has stopped."""
+        return self.kept / "last_good"
+
+    @property
     def log(self) -> Path:
         """What rollout and reward workers append while training runs, and verl's own log."""
         return self.work / "log"
@@ -64,6 +74,16 @@ class RunPaths:
     def outage(self) -> Path:
         """Written by a worker that gave up on a service; ends the training."""
         return self.work / "outage.json"
+
+    @property
+    def gate(self) -> Path:
+        """Written when the format score becomes gated; read by reward workers."""
+        return self.work / "gate.json"
+
+    @property
+    def waiting(self) -> Path:
+        """Why verl's trainer waits and for what; gone when it goes on."""
+        return self.work / "waiting.json"
 
 
 def run_paths(settings: Settings, iteration: int = 1) -> RunPaths:

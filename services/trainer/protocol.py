@@ -1,11 +1,13 @@
 """What proposer and solver are told: prompts, the tool's schema, search results, the form of a guided tool call.
 
-The prompts are the files of `prompts/`; their content hash is part of every manifest they shape.
+The prompts are the files of `prompts/`, in sets with a version in their name (`trainer.prompts`): `full-v1` explains
+hops, searches and rules to a model that can follow them, `short-v1` leaves that to worked examples. The content hash of
+a set is part of every manifest it shapes; a changed wording gets a new set.
 """
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from shared.transcript import TOOL
 PROMPTS = Path(__file__).parent / "prompts"
 AGENT = "search_agent"  # the name under which verl knows agent_loop.py
 PARSER = "drzero"  # the name under which verl knows its reader of tool calls
+TRAINER = "drzero"  # the name under which verl knows verl_trainer.py
 
 # verl keeps only type, description and enum of a property: that the items are strings must stand in the words.
 SEARCH_TOOL: dict[str, Any] = {
@@ -44,53 +47,79 @@ Message = dict[str, Any]
 
 @cache
 def prompt_file(name: str) -> str:
-    """The text of one file of `prompts/`."""
+    """The text of one file of `prompts/`, e.g. "full-v1/solver.md"."""
     return (PROMPTS / name).read_text(encoding="utf-8").strip()
 
 
-def prompt_hash(role: str) -> str:
-    """sha256 over the prompt files of `proposer` or `solver`: their version in manifests."""
-    files = (f"{role}_system.md", f"{role}.md", f"{role}_examples.json")
+def prompt_hash(role: str, prompts: str) -> str:
+    """sha256 over the prompt files of `proposer` or `solver` in a set: their identity in manifests."""
+    files = (f"{prompts}/{role}_system.md", f"{prompts}/{role}.md", f"{role}_examples.json", f"{role}_last_turn.md")
     return hashlib.sha256("\0".join(map(prompt_file, files)).encode()).hexdigest()
 
 
-def conversation(role: str, request: str, *, first: str, examples: int) -> list[Message]:
+def last_turn_note(role: str) -> str:
+    """What `proposer` or `solver` reads below the search result that comes before its last turn."""
+    return prompt_file(f"{role}_last_turn.md")
+
+
+def proposer_messages(seed: Seed, prompts: str, examples: int) -> list[Message]:
+    """The conversation that asks for a question of `seed.hop` hops."""
+
+    def request(hop: int, pmid: str, document: str) -> str:
+        text = prompt_file(f"{prompts}/proposer.md")
+        return text.format(hop=hop, searches=hop - 1, pmid=pmid, document=document)
+
+    worked = [
+        _turns(request(example["hop"], example["pmid"], example["document"]), example)
+        for example in _examples("proposer", "search" if seed.hop > 1 else "direct", examples)
+    ]
+    return _conversation("proposer", prompts, worked, request(seed.hop, seed.pmid, seed.document))
+
+
+def solver_messages(question: str, prompts: str, examples: int) -> list[Message]:
+    """The conversation that asks for an answer."""
+    text = prompt_file(f"{prompts}/solver.md")
+    worked = [
+        _turns(text.format(question=example["question"]), example)
+        for example in _examples("solver", "search", examples)
+    ]
+    return _conversation("solver", prompts, worked, text.format(question=question))
+
+
+def _conversation(role: str, prompts: str, worked: Sequence[list[Message]], request: str) -> list[Message]:
     """System message, worked examples as earlier turns, and the request.
 
-    Small models follow a form they have seen in a conversation far better than one that is described to them. The
-    example next to the request is always the plain one; with two, `first` names the other ("search" or "direct").
+    Small models follow a form they have seen in a conversation far better than one that is described to them.
     """
-    worked = json.loads(prompt_file(f"{role}_examples.json"))
-    shown = [worked[first], worked["last"]][2 - examples :]
-    turns: list[Message] = [message for example in shown for message in example]
     return [
-        {"role": "system", "content": prompt_file(f"{role}_system.md")},
-        *turns,
+        {"role": "system", "content": prompt_file(f"{prompts}/{role}_system.md")},
+        *[message for example in worked for message in example],
         {"role": "user", "content": request},
     ]
 
 
-def proposer_messages(seed: Seed, examples: int) -> list[Message]:
-    """The conversation that asks for a question of `seed.hop` hops."""
-    request = prompt_file("proposer.md").format(
-        hop=seed.hop, searches=seed.hop - 1, pmid=seed.pmid, document=seed.document
-    )
-    return conversation("proposer", request, first="search" if seed.hop > 1 else "direct", examples=examples)
+def _examples(role: str, first: str, count: int) -> list[dict[str, Any]]:
+    """The last `count` of two worked examples: the one called `first`, then the plain one next to the request."""
+    worked = json.loads(prompt_file(f"{role}_examples.json"))
+    return [worked[first], worked["last"]][2 - count :]
 
 
-def solver_messages(question: str, examples: int) -> list[Message]:
-    """The conversation that asks for an answer."""
-    request = prompt_file("solver.md").format(question=question)
-    return conversation("solver", request, first="search", examples=examples)
+def _turns(request: str, example: dict[str, Any]) -> list[Message]:
+    return [{"role": "user", "content": request}, *example["turns"]]
 
 
-def render_results(queries: Sequence[str], results: Sequence[Sequence[Hit]], max_chars: int) -> str:
-    """What the model reads of its searches: PMID, title and as much of each abstract as fits `max_chars` in all."""
+def render_results(
+    queries: Sequence[str], results: Sequence[Sequence[Hit]], cut: Callable[[str, int], str], max_tokens: int
+) -> str:
+    """What the model reads of its searches: PMID, title and as much of each abstract as fits `max_tokens` in all.
+
+    `cut(text, tokens)` shortens a text to a number of the model's tokens (`tokens.Tokens.cut`).
+    """
     papers = sum(len(hits) for hits in results)
-    share = max_chars // max(papers, 1)
+    share = max_tokens // max(papers, 1)
     blocks = []
     for query, hits in zip(queries, results, strict=True):
         lines = [f"Results for: {query}"] if len(queries) > 1 else []
-        lines += [f"PMID {hit.paper.pmid}: {hit.paper.title}. {hit.paper.abstract}"[:share] for hit in hits]
+        lines += [cut(f"PMID {hit.paper.pmid}: {hit.paper.title}. {hit.paper.abstract}", share) for hit in hits]
         blocks.append("\n".join(lines) if hits else "No paper found.")
-    return "\n\n".join(blocks)[:max_chars]
+    return cut("\n\n".join(blocks), max_tokens)

@@ -41,6 +41,16 @@ def publish_weights(settings: Settings, paths: RunPaths, log: structlog.stdlib.B
     log.info("weights published", path=str(paths.weights), **change)
 
 
+def publish_last_good(paths: RunPaths, checkpoint: tuple[int, Path]) -> None:
+    """Publish the weights of the last good checkpoint of a training that a guard has stopped, as `last_good/`."""
+    step, folder = checkpoint
+    origin = {"seeds": read_manifest(paths.seeds).identity}
+    with publish(paths.last_good, settings={"step": step}, made_from=origin) as draft:
+        for file in sorted((folder / "actor" / "huggingface").iterdir()):
+            shutil.copyfile(file, draft.path / file.name)
+        draft.rows = 1
+
+
 def weight_change(base: Path, trained: Path) -> dict[str, float | int]:
     """How the trained weights differ from the base, both as bf16: share of tensors and of values, relative L2 norm."""
     import torch

@@ -5,8 +5,11 @@ has cut off is skipped. Before a resume, `compact` drops the verdicts of steps t
 """
 
 import json
+import math
+import os
+import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from shared.files import write_atomically
 Verdict = dict[str, Any]
 NOT_PARTS = frozenset({"time", "step", "index", "hop"})
 TRAIN, HELD_OUT = "train", "held_out"
+REFUSALS = "refusals.jsonl"
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -26,34 +30,58 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_verdicts(log: Path, split: str) -> dict[int, list[Verdict]]:
-    """Verdicts of a split by step, in the order of their seeds."""
+    """Verdicts of a split by step, in the order of their seeds; those of a refused try of a step are left out."""
     by_step: dict[int, list[Verdict]] = defaultdict(list)
+    refused = {refusal["step"]: refusal["time"] for refusal in read_refusals(log)}
     for path in sorted(log.glob("verdicts-*.jsonl")):
         for verdict in read_lines(path):
-            if verdict["split"] == split:
+            again = split == TRAIN and verdict["time"] <= refused.get(verdict["step"], 0.0)
+            if verdict["split"] == split and not again:
                 by_step[verdict["step"]].append(verdict)
     return {step: sorted(by_step[step], key=lambda v: (v["index"], v["time"])) for step in sorted(by_step)}
 
 
-def compact(log: Path, *, through: int, held_out: int) -> None:
-    """Keep the verdicts of training steps ≤ `through` and of complete validations of `held_out` rows, drop the rest."""
+def append_refusal(log: Path, *, step: int, text: str) -> None:
+    """Write down that a try of a step was refused; what was rolled out for it so far no longer counts."""
+    line = json.dumps({"step": step, "time": time.time(), "text": text}) + "\n"
+    with (log / REFUSALS).open("a", encoding="utf-8") as stream:
+        stream.write(line)
+
+
+def read_refusals(log: Path) -> list[dict[str, Any]]:
+    """All refusals of the run, oldest first."""
+    path = log / REFUSALS
+    return list(read_lines(path)) if path.is_file() else []
+
+
+def compact(log: Path, *, through: int, validation_stands: Callable[[list[Verdict]], bool]) -> None:
+    """Keep verdicts and metrics of training steps ≤ `through` and the validations that stand, drop the rest."""
     kept = [v for step, rows in read_verdicts(log, TRAIN).items() if step <= through for v in rows]
     validations = read_verdicts(log, HELD_OUT).items()
-    kept += [v for step, rows in validations if step <= through and len(rows) == held_out for v in rows]
+    kept += [v for step, rows in validations if step <= through and validation_stands(rows) for v in rows]
     old = list(log.glob("verdicts-*.jsonl"))
     lines = "".join(json.dumps(verdict, ensure_ascii=False) + "\n" for verdict in kept)
     write_atomically(log / "kept.jsonl", lines)
     for path in old:
         path.unlink()
     (log / "kept.jsonl").replace(log / "verdicts-0.jsonl")
+    for path in log.glob("metrics-*.jsonl"):
+        written = path.stat().st_mtime  # when that attempt ended, see seconds_trained
+        kept_lines = (json.dumps(line) + "\n" for line in read_lines(path) if line["step"] <= through)
+        write_atomically(path, "".join(kept_lines))
+        os.utime(path, (written, written))
 
 
 def read_metrics(log: Path) -> dict[int, dict[str, float]]:
-    """verl's metrics by step, from the logs of all attempts; the newest attempt counts."""
+    """verl's metrics by step, from the logs of all attempts; the newest attempt counts.
+
+    verl's log writes numbers that are not finite as null; they are nan here.
+    """
     merged: dict[int, dict[str, float]] = {}
     for path in sorted(log.glob("metrics-*.jsonl")):
         for line in read_lines(path):
-            merged.setdefault(line["step"], {}).update(line["data"])
+            numbers = {name: math.nan if value is None else value for name, value in line["data"].items()}
+            merged.setdefault(line["step"], {}).update(numbers)
     return dict(sorted(merged.items()))
 
 
@@ -63,10 +91,15 @@ def seconds_trained(log: Path) -> float:
     return sum(max(0.0, ended - started) for ended, started in attempts)
 
 
+def valid_only(verdicts: Iterable[Verdict]) -> list[Verdict]:
+    """The verdicts that say something: not lost to a service."""
+    return [verdict for verdict in verdicts if verdict["valid"]]
+
+
 def mean_parts(verdicts: Iterable[Verdict]) -> dict[str, float]:
-    """The mean of every number in the verdicts, by name."""
+    """The mean of every number in the valid verdicts, by name."""
     values: dict[str, list[float]] = defaultdict(list)
-    for verdict in verdicts:
+    for verdict in valid_only(verdicts):
         for name, value in verdict.items():
             if name not in NOT_PARTS and isinstance(value, float | int):
                 values[name].append(float(value))

@@ -1,122 +1,237 @@
-"""The reward as verl calls it: one rollout → {"score": …, parts by name}.
+"""The reward as verl calls it, rollout by rollout while others still run, and as a batch for other callers.
 
-verl's reward workers call `compute_score` the moment a rollout ends. The question goes to the solver service for its
-attempts; the parts of `scores.py` are put together; the whole verdict is appended to the run's log as one JSON line.
-A service that stays away ends the training (see outage.py): it is never a score.
+`compute_score` is verl's streaming entry: the moment a rollout ends, its question goes to the solver service for its
+attempts, `judge.py` puts the parts together, and the verdict is appended to the run's log as one JSON line.
+`compute_biomedical_challenger_score_batch` does the same for a list of responses. A service that stays away makes a
+rollout invalid, never wrong; what then happens to the batch is decided in `verl_trainer.py`.
 """
 
 import asyncio
+import hashlib
 import json
 import os
+import re
 import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from services.trainer.attempts import Attempts
-from services.trainer.matching import exact_match
-from services.trainer.outage import noting_outage
-from services.trainer.paths import run_paths
-from services.trainer.scores import Proposal, difficulty, format_parts, format_score, reward
+from services.trainer.biomedical import reasoning_type
+from services.trainer.gate import form_at
+from services.trainer.judge import Surroundings, invalid_reason, judge, worth_attempting
+from services.trainer.paths import RunPaths, run_paths
+from services.trainer.recent import RecentQuestions
+from services.trainer.records import TRAIN
+from services.trainer.scores import Proposal
+from services.trainer.tokens import Tokens
 from shared.clients import SearchClient, SolverClient
+from shared.corpus import Corpus
+from shared.files import ArtifactError
+from shared.model_files import resolve_model
 from shared.records import Attempt
-from shared.settings import RewardSettings, Settings, load_settings
-from shared.transcript import search_calls
+from shared.settings import Settings, load_settings
+from shared.transcript import search_calls, split_response
 
-_ATTEMPTS: dict[asyncio.AbstractEventLoop, Attempts] = {}
+SOURCE = re.compile(r"search_biomedical_([1-9])")
+PMID_SHOWN = re.compile(r"\bPMID (\d{1,9}):")
+
+
+@dataclass(frozen=True, slots=True)
+class Judging:
+    """What a worker needs to judge rollouts: settings, places, and the objects it shares among them."""
+
+    settings: Settings
+    paths: RunPaths
+    solver: SolverClient
+    search: SearchClient
+    attempts: Attempts
+    recent: RecentQuestions
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self.solver.close()
+        await self.search.close()
 
 
 async def compute_score(
     data_source: str, solution_str: str, ground_truth: str, extra_info: dict[str, Any], **_: Any
-) -> dict[str, Any]:
-    """Score one rollout of `agent_loop.py`. Numbers of the result become verl's validation metrics.
-
-    Raises shared.clients.ServiceError when solver or search stay away for `trainer.patience_s`.
-    """
-    settings = load_settings()
+) -> dict[str, float]:
+    """Score one rollout of `agent_loop.py`; the numbers of the result become verl's metrics of a validation."""
+    judging = judging_of_this_loop()
     trajectory = json.loads(extra_info["trajectory"])
-    proposal = read_proposal(trajectory, hop=hop_of(data_source), document=extra_info["document"])
-    with noting_outage():
-        attempts = await attempt_question(proposal, settings)
-    verdict = judge(proposal, attempts, settings.trainer.reward)
-    append_verdict(
-        run_paths(settings).log,
-        {
-            "time": time.time(),
-            "split": extra_info["split"],
-            "step": trajectory["step"],
-            "index": int(extra_info["index"]),
-            "pmid": extra_info["pmid"],
-            "hop": proposal.hop,
-            "question": proposal.question,
-            "answer": proposal.answer,
-            "turns": trajectory["turns"],
-            "searches": [{"queries": s["queries"], "pmids": s["pmids"]} for s in trajectory["searches"]],
-            "attempts": [{"answer": a.answer, "ended": a.ended, "searches": a.searches} for a in attempts],
-            "trained_tokens": trajectory["trained_tokens"],
-            **verdict,
-        },
+    proposal = read_proposal(trajectory, hop=hop_of(data_source), info=extra_info)
+    numbers, verdict = await score_proposal(proposal, trajectory, extra_info, judging)
+    append_verdict(judging.paths.log, verdict)
+    return numbers
+
+
+def compute_biomedical_challenger_score_batch(
+    data_sources: Sequence[str],
+    solution_strs: Sequence[str],
+    ground_truths: Sequence[Any],
+    extra_infos: Sequence[dict[str, Any]],
+    *,
+    model_name: str,
+    base_url: str,
+    reward_rollout_n: int,
+    **_: Any,
+) -> list[dict[str, float]]:
+    """Score many decoded responses against the solver `model_name` at `base_url`, `reward_rollout_n` attempts each.
+
+    `extra_infos` hold at least `document` and `pmid`. The result has one dict per response, in order, with `score`,
+    `valid` (0 where the solver or search could not be reached: mask such a sample, do not train on its score) and every
+    part by name. Raises ValueError when the lists differ in length or a data source is unknown.
+    """
+    base = load_settings()
+    reward = base.trainer.reward.model_copy(
+        update={"attempts": reward_rollout_n, "min_attempts": min(base.trainer.reward.min_attempts, reward_rollout_n)}
     )
-    return verdict
+    solver = base.solver.model_copy(update={"served_name": model_name, "url": base_url.removesuffix("/v1").rstrip("/")})
+    trainer = base.trainer.model_copy(update={"reward": type(reward).model_validate(reward.model_dump())})
+    settings = base.model_copy(update={"solver": solver, "trainer": trainer})
+
+    async def score_all() -> list[dict[str, float]]:
+        judging = make_judging(settings)
+
+        async def one(source: str, text: str, info: dict[str, Any]) -> dict[str, float]:
+            trajectory = read_response(text)
+            proposal = read_proposal(trajectory, hop=hop_of(source), info=info)
+            return (await score_proposal(proposal, trajectory, info, judging))[0]
+
+        samples = zip(data_sources, solution_strs, extra_infos, strict=True)
+        try:
+            return await asyncio.gather(*[one(*sample) for sample in samples])
+        finally:
+            await judging.close()
+
+    return asyncio.run(score_all())
 
 
-def judge(proposal: Proposal, attempts: list[Attempt], settings: RewardSettings) -> dict[str, float]:
-    """All parts of the reward by name, and their sum as `score`. Pure."""
-    parts = format_parts(proposal)
-    form = format_score(parts, settings.format_form)
-    correct = sum(exact_match(attempt.answer, proposal.answer) for attempt in attempts)
-    hard = difficulty(correct, len(attempts)) if attempts else 0.0
-    return {
-        "score": reward(form, hard, settings.format_weight),
-        "format": form,
-        "difficulty": hard,
-        **{f"format_{name}": value for name, value in parts.items()},
-        "attempts_made": float(len(attempts)),
-        "attempts_correct": float(correct),
-        "searches_made": float(proposal.searches),
-        "calls_failed": float(proposal.failed_calls),
+async def score_proposal(
+    proposal: Proposal, trajectory: dict[str, Any], info: dict[str, Any], judging: Judging
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """The numbers that verl keeps, and the whole verdict for the log."""
+    reward, step = judging.settings.trainer.reward, int(trajectory.get("step", 0))
+    split, lost = info.get("split", TRAIN), trajectory.get("lost", "")
+    # Held-out rollouts keep the form of the settings, so that before and after can be compared.
+    form = form_at(step, reward, judging.paths.gate) if split == TRAIN else reward.format_form
+    recent = judging.recent.before(step, reward.biomedical.novelty_window)
+    began = time.monotonic()
+    attempts: list[Attempt] = []
+    if not lost and worth_attempting(proposal, form):
+        seeds = attempt_seeds(judging.settings.trainer.seed, step, proposal.question, reward.attempts)
+        attempts = await judging.attempts.answer(proposal.question, seeds)
+    around = Surroundings(form, recent, corpus_has(judging.paths.corpus))
+    numbers = judge(proposal, attempts, reward, around, lost=lost)
+    verdict = {
+        "time": time.time(),
+        "split": split,
+        "step": step,
+        "index": int(info.get("index", 0)),
+        "pmid": info["pmid"],
+        "hop": proposal.hop,
+        "question": proposal.question,
+        "answer": proposal.cited_answer,
+        "turns": trajectory["turns"],
+        "searches": [{"queries": s["queries"], "pmids": s["pmids"]} for s in trajectory["searches"]],
+        "attempts": [attempt_row(attempt) for attempt in attempts],
+        "invalid_reason": invalid_reason(attempts, bool(numbers["valid"]), lost),
+        "reasoning_type": reasoning_type(proposal.question),
+        "calls_broken": Counter(call.broken for turn in proposal.turns for call in search_calls(turn) if call.broken),
+        "seconds_attempts": time.monotonic() - began,
+        "trained_tokens": trajectory.get("trained_tokens", 0),
+        **numbers,
     }
+    return numbers, verdict
 
 
-def read_proposal(trajectory: dict[str, Any], *, hop: int, document: str) -> Proposal:
-    """The proposal in a trajectory of `agent_loop.py`."""
+def attempt_row(attempt: Attempt) -> dict[str, Any]:
+    """An attempt as it stands in the log."""
+    row: dict[str, Any] = {"answer": attempt.answer, "ended": attempt.ended, "searches": attempt.searches}
+    return row | {"seed": attempt.seed, "seconds": round(attempt.seconds, 3), "problem": attempt.problem}
+
+
+def attempt_seeds(seed: int, step: int, question: str, count: int) -> list[int]:
+    """Sampling seeds of the attempts at a question, in [0, 2³¹): the same for the same run, step and question."""
+    digest = hashlib.sha256(f"{seed}|{step}|{question}".encode()).digest()
+    first = int.from_bytes(digest[:4], "big")
+    return [(first + number) % 2**31 for number in range(count)]
+
+
+def read_proposal(trajectory: dict[str, Any], *, hop: int, info: dict[str, Any]) -> Proposal:
+    """The proposal in a trajectory of `agent_loop.py` or of `read_response`, with the seed of `info`."""
     calls = [call for turn in trajectory["turns"] for call in search_calls(turn)]
-    fruitful = [search for search in trajectory["searches"] if search["pmids"]]
+    searches = trajectory["searches"]
+    fruitful = [search for search in searches if search["pmids"]]
     return Proposal(
         turns=tuple(trajectory["turns"]),
         hop=hop,
         searches=len(fruitful),
         failed_calls=len(calls) - len(fruitful),
-        evidence="\n".join([document, *(search["text"] for search in trajectory["searches"])]),
+        evidence="\n".join([info["document"], *(search["text"] for search in searches)]),
+        seen=(str(info["pmid"]), *(pmid for search in searches for pmid in search["pmids"])),
     )
+
+
+def read_response(text: str) -> dict[str, Any]:
+    """A trajectory from a decoded response: turns and search results as the chat template writes them."""
+    turns, results = split_response(text)
+    queries = [list(call.queries) for turn in turns for call in search_calls(turn) if not call.broken]
+    pairs = zip(queries, results, strict=False)
+    found = [{"queries": asked, "pmids": PMID_SHOWN.findall(result), "text": result} for asked, result in pairs]
+    return {"turns": turns, "searches": found}
 
 
 def hop_of(data_source: str) -> int:
     """The hop number of `search_biomedical_<hop>`; ValueError for any other source."""
-    name, _, hop = data_source.rpartition("_")
-    if name != "search_biomedical" or not hop.isdigit():
+    match = SOURCE.fullmatch(data_source)
+    if match is None:
         raise ValueError(f"expected a data_source of the form search_biomedical_<hop>, got {data_source!r}")
-    return int(hop)
+    return int(match[1])
 
 
-async def attempt_question(proposal: Proposal, settings: Settings) -> list[Attempt]:
-    """The solver's attempts, or none when there is no question with an answer to try."""
-    if not proposal.question or not proposal.answer:
-        return []
+@cache
+def corpus_has(folder: Path) -> Any:
+    """A function that says whether the corpus in `folder` holds a PMID; without a corpus nothing is known."""
+    try:
+        corpus = Corpus(folder)
+    except ArtifactError:
+        return lambda pmid: False
+    return lambda pmid: corpus.find(pmid) is not None
+
+
+_JUDGING: dict[asyncio.AbstractEventLoop, Judging] = {}
+
+
+def judging_of_this_loop() -> Judging:
+    """The objects of this worker; made once per event loop, because connections belong to one."""
     loop = asyncio.get_running_loop()
-    if loop not in _ATTEMPTS:
-        _ATTEMPTS[loop] = make_attempts(settings)
-    return await _ATTEMPTS[loop].answer(proposal.question, settings.trainer.search_top_k)
+    if loop not in _JUDGING:
+        _JUDGING[loop] = make_judging(load_settings())
+    return _JUDGING[loop]
 
 
-def make_attempts(settings: Settings) -> Attempts:
-    """Attempts against the services of the settings."""
-    patience, concurrency = settings.trainer.patience_s, settings.trainer.reward.concurrency
-    return Attempts(
-        SolverClient(settings.solver.url, patience_s=patience, connections=concurrency),
-        SearchClient(settings.retrieval.url, patience_s=patience, connections=concurrency),
-        settings.trainer.reward,
+def make_judging(settings: Settings) -> Judging:
+    """Clients of the services of the settings, and the run's memory of its questions."""
+    reward, paths = settings.trainer.reward, run_paths(settings)
+    patience = reward.attempt_deadline_s
+    solver = SolverClient(settings.solver.url, patience_s=patience, connections=reward.concurrency)
+    search = SearchClient(settings.retrieval.url, patience_s=patience, connections=reward.concurrency)
+    attempts = Attempts(
+        solver,
+        search,
+        reward,
         model=settings.solver.served_name,
+        prompts=settings.trainer.prompts,
+        top_k=settings.trainer.search_top_k,
+        context_tokens=settings.solver.context_tokens,
+        tokens=Tokens(resolve_model(settings.solver.model, settings)),
     )
+    return Judging(settings, paths, solver, search, attempts, RecentQuestions(paths.log))
 
 
 def append_verdict(folder: Path, verdict: dict[str, Any]) -> None:

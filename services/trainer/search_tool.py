@@ -1,8 +1,8 @@
 """verl's `search` tool: the model's queries → papers of the search service → text with PMIDs.
 
 verl makes one object per worker and calls `execute` per tool call. What was found is kept with the trajectory
-(`agent_data.extra_fields`), because the reward must know what the model could read. An outage is raised, not told to
-the model as if it were a result.
+(`agent_data.searches`), because the reward must know what the model could read. An outage is raised, not told to the
+model as if it were a result.
 """
 
 import asyncio
@@ -11,9 +11,10 @@ from typing import Any
 from verl.tools.base_tool import BaseTool
 from verl.tools.schemas import ToolResponse
 
-from services.trainer.outage import noting_outage
 from services.trainer.protocol import render_results
+from services.trainer.tokens import Tokens
 from shared.clients import SearchClient
+from shared.model_files import resolve_model
 from shared.settings import load_settings
 
 
@@ -25,19 +26,22 @@ class SearchTool(BaseTool):  # type: ignore[misc]
         settings = load_settings()
         self._trainer = settings.trainer
         self._url = settings.retrieval.url
+        self._tokens = Tokens(resolve_model(settings.trainer.actor.model, settings))
         self._clients: dict[asyncio.AbstractEventLoop, SearchClient] = {}
 
     async def execute(
         self, instance_id: str, parameters: dict[str, Any], **kwargs: Any
     ) -> tuple[ToolResponse, float, dict[str, Any]]:
-        """Search for `parameters["query_list"]`; raises shared.clients.ServiceError when the service stays away."""
+        """Search for `parameters["query_list"]`; raises shared.clients.ServiceError when the service stays away.
+
+        The text is cut to `kwargs["room"]` tokens; `kwargs["note"]` is written below it.
+        """
         queries: list[str] = parameters["query_list"]
-        with noting_outage():
-            results = await self._client().search(queries, self._trainer.search_top_k)
-        text = render_results(queries, results, self._trainer.max_tool_chars)
+        results = await self._client().search(queries, self._trainer.search_top_k)
+        text = render_results(queries, results, self._tokens.cut, kwargs["room"])
         found = [hit.paper.pmid for hits in results for hit in hits]
         kwargs["agent_data"].searches.append({"queries": queries, "pmids": found, "text": text})
-        return ToolResponse(text=text), 0.0, {}
+        return ToolResponse(text="\n\n".join(filter(None, [text, kwargs["note"]]))), 0.0, {}
 
     def _client(self) -> SearchClient:
         loop = asyncio.get_running_loop()

@@ -1,98 +1,336 @@
 """Stage `seeds`: corpus → `seeds/train.parquet` and `seeds/held_out.parquet`, the rows verl reads.
 
-Papers with a long enough abstract are shuffled with the run's seed; the first `eval_seeds` are held out, the next
-`seeds` train, disjoint by PMID. Hops follow `hop_ratio` exactly (largest remainder), spread evenly over the order, so
-that every step sees its share. Documents are cut to `document_tokens` of the trained model's own tokenizer.
+Papers that qualify (length, MeSH, keywords, in no evaluation set, no double) are drawn with the run's seed: the first
+`eval_seeds` are held out, the next `seeds` train. Hops follow `hop_ratio` exactly, in all and in every step. A document
+is cut until its whole prompt, as the agent loop builds it, fits `prompt_tokens`: verl would cut off the prompt's start
+without a word. What was left out is counted by reason. Same corpus, settings and seed: the same bytes.
 """
 
-import random
-from collections.abc import Callable, Sequence
+import re
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from multiprocessing import get_context
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import structlog
 
 from services.trainer.paths import RunPaths
-from services.trainer.protocol import AGENT, prompt_hash, proposer_messages
+from services.trainer.protocol import AGENT, SEARCH_TOOL, Message, prompt_hash, proposer_messages
+from services.trainer.tokens import Tokens
+from services.trainer.verl_main import die_with_parent
 from shared.command import UsageError
 from shared.corpus import Corpus
-from shared.files import publish, read_manifest, stale_reason
-from shared.model_files import resolve_model
+from shared.files import hash_json, publish, stale_reason
+from shared.model_files import resolve_model, weights_identity
 from shared.records import Paper, Seed
 from shared.settings import Settings, TrainerSettings
+
+SOURCE = "search_biomedical_"  # followed by the number of hops; verl reports per data_source
+FITTED_AT_ONCE = 1024
+PMID = re.compile(r"[1-9][0-9]{0,9}")
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """The drawn seeds, with whole documents, and how many papers were left out for which reason."""
+
+    train: list[Seed]
+    held_out: list[Seed]
+    left_out: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class FittedSeed:
+    """A seed whose prompt fits, the length of that prompt, and whether its document was cut for it."""
+
+    seed: Seed
+    prompt_tokens: int
+    shortened: bool = False
 
 
 def make_seeds(settings: Settings, paths: RunPaths, log: structlog.stdlib.BoundLogger) -> None:
     """Write the seeds artifact unless a current one is there."""
     trainer = settings.trainer
+    corpus = Corpus(paths.corpus)
+    model = resolve_model(trainer.actor.model, settings)
+    excluded = read_pmids(trainer.exclude_pmids)
     shape = seed_settings(trainer)
-    origin = {"corpus": read_manifest(paths.corpus).identity, "proposer_prompt": prompt_hash("proposer")}
+    origin = {
+        "corpus": corpus.manifest.identity,
+        "proposer_prompt": prompt_hash("proposer", trainer.prompts),
+        "tool_schema": hash_json(SEARCH_TOOL),
+        "tokenizer": weights_identity(model),
+        "excluded_pmids": hash_json(sorted(excluded)),
+    }
     reason = stale_reason(paths.seeds, settings=shape, made_from=origin)
     if reason is None:
         log.info("seeds reused", path=str(paths.seeds))
         return
     log.info("seeds are drawn", because=reason)
-    cut = token_cutter(resolve_model(trainer.actor.model, settings), trainer.document_tokens)
-    train, held_out = draw_seeds(Corpus(paths.corpus), trainer, cut)
     with publish(paths.seeds, settings=shape, made_from=origin) as draft:
-        for name, seeds in (("train", train), ("held_out", held_out)):
-            rows = [seed_row(seed, name, trainer.worked_examples) for seed in seeds]
-            write_rows(rows, str(draft.path / f"{name}.parquet"))
-        draft.rows = len(train) + len(held_out)
-        draft.counts = {"train": len(train), "held_out": len(held_out)}
+        draw = draw_seeds(corpus, trainer, excluded)
+        fitted = fit_in_child([*draw.train, *draw.held_out], trainer, model)
+        parts = {"train": fitted[: trainer.seeds], "held_out": fitted[trainer.seeds :]}
+        for split, part in parts.items():
+            write_rows([seed_row(one, trainer, split) for one in part], draft.path / f"{split}.parquet")
+        draft.rows = len(fitted)
+        draft.counts = {split: len(part) for split, part in parts.items()}
+        draft.counts |= {f"left_out_{name}": count for name, count in draw.left_out.items()}
+        draft.counts["shortened_to_fit"] = sum(one.shortened for one in fitted)
+        draft.counts["prompt_tokens_max"] = max(one.prompt_tokens for one in fitted)
     log.info("seeds drawn", **draft.counts)
 
 
 def seed_settings(trainer: TrainerSettings) -> dict[str, Any]:
-    """The settings that shape the seeds."""
-    names = ("seed", "seeds", "eval_seeds", "min_abstract_words", "document_tokens", "hop_ratio", "worked_examples")
+    """The settings that shape the seeds; `seed` is that of the draw."""
+    names = (
+        "seed", "seeds", "eval_seeds", "min_abstract_words", "seed_mesh", "seed_keywords", "document_tokens",
+        "prompt_tokens", "hop_ratio", "prompts_per_step", "worked_examples",
+    )  # fmt: skip
     return {name: getattr(trainer, name) for name in names} | {"model": trainer.actor.model}
 
 
-def draw_seeds(
-    corpus: Sequence[Paper] | Corpus, trainer: TrainerSettings, cut: Callable[[str], str]
-) -> tuple[list[Seed], list[Seed]]:
+# --- which papers
+
+
+def read_pmids(files: Iterable[Path]) -> frozenset[str]:
+    """The PMIDs of text files, one a line; blank lines and what follows a # do not count. Raises UsageError."""
+    found: set[str] = set()
+    for file in files:
+        if not file.is_file():
+            raise UsageError(f"expected the file {file} of DRZERO_TRAINER__EXCLUDE_PMIDS, found none; mend the path")
+        lines = file.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+        for number, line in enumerate(lines, start=1):
+            pmid = line.partition("#")[0].strip()
+            if pmid and not PMID.fullmatch(pmid):
+                raise UsageError(
+                    f"{file}, line {number}: expected one PMID, found {pmid[:40]!r}; mend the line or take the file "
+                    "out of DRZERO_TRAINER__EXCLUDE_PMIDS"
+                )
+            found |= {pmid} if pmid else set()
+    return frozenset(found)
+
+
+def qualifying_rows(
+    papers: Iterable[Paper], trainer: TrainerSettings, excluded: frozenset[str]
+) -> tuple[list[int], dict[str, int]]:
+    """Rows of the papers that may be seeds, in order, and the number of others by reason."""
+    objection = paper_filter(trainer)
+    left_out: Counter[str] = Counter()
+    row_of: dict[str, int] = {}  # content → row
+    pmids: set[str] = set()
+    barred: set[str] = set()
+    for row, paper in enumerate(papers):
+        content = hash_json(normalised(paper.text))
+        reason = objection(paper)
+        if paper.pmid in excluded:
+            barred.add(content)
+            reason = "excluded"
+        elif not reason and (paper.pmid in pmids or content in row_of):
+            reason = "double"
+        if reason:
+            left_out[reason] += 1
+        else:
+            pmids.add(paper.pmid)
+            row_of[content] = row
+    # The same paper under another id would leak an evaluation set; it may stand before the one that is named.
+    twins = barred & row_of.keys()
+    left_out["excluded"] += len(twins)
+    return [row for content, row in row_of.items() if content not in twins], dict(+left_out)
+
+
+def paper_filter(trainer: TrainerSettings) -> Callable[[Paper], str]:
+    """A function that says why a paper is no seed by its own content, or ""."""
+    mesh = {term.strip().casefold() for term in trainer.seed_mesh} - {""}
+    words = [re.escape(word.strip()) for word in trainer.seed_keywords if word.strip()]
+    keyword = re.compile(rf"(?<!\w)(?:{'|'.join(words)})(?!\w)", re.IGNORECASE) if words else None
+
+    def objection(paper: Paper) -> str:
+        if len(paper.abstract.split()) < trainer.min_abstract_words:
+            return "short_abstract"
+        if mesh and mesh.isdisjoint(map(descriptor, paper.mesh_terms)):
+            return "other_mesh"
+        if keyword and not keyword.search(paper.text):
+            return "no_keyword"
+        return ""
+
+    return objection
+
+
+def descriptor(mesh_term: str) -> str:
+    """The descriptor of a MeSH term, in lower case: `*Neoplasms/drug therapy*` → `neoplasms`."""
+    return mesh_term.partition("/")[0].replace("*", "").strip().casefold()
+
+
+def normalised(text: str) -> str:
+    """The words of a text in lower case with single spaces: what two prints of one paper have in common."""
+    return " ".join(re.findall(r"\w+", text.casefold()))
+
+
+# --- the draw
+
+
+def draw_seeds(corpus: Sequence[Paper] | Corpus, trainer: TrainerSettings, excluded: frozenset[str]) -> Draw:
     """Training and held-out seeds; raises UsageError when the corpus has too few papers that qualify."""
-    fit = [row for row, paper in enumerate(corpus) if len(paper.abstract.split()) >= trainer.min_abstract_words]
+    fit, left_out = qualifying_rows(corpus, trainer, excluded)
     wanted = trainer.seeds + trainer.eval_seeds
     if len(fit) < wanted:
+        reasons = ", ".join(f"{name} {count}" for name, count in sorted(left_out.items())) or "none"
         raise UsageError(
-            f"expected {wanted} papers with at least {trainer.min_abstract_words} words of abstract, found {len(fit)} "
-            f"of {len(corpus)}; ingest more papers, or lower DRZERO_TRAINER__SEEDS or __MIN_ABSTRACT_WORDS"
+            f"expected {wanted} papers that qualify as seeds, found {len(fit)} of {len(corpus)} (left out: {reasons}); "
+            "ingest more papers, lower DRZERO_TRAINER__SEEDS or DRZERO_TRAINER__MIN_ABSTRACT_WORDS, or widen "
+            "DRZERO_TRAINER__SEED_MESH or DRZERO_TRAINER__SEED_KEYWORDS"
         )
-    rows = random.Random(trainer.seed).sample(fit, wanted)  # noqa: S311
+    rows = Random(trainer.seed).sample(fit, wanted)  # noqa: S311
+
+    def seeds(rows: list[int], batch: int) -> list[Seed]:
+        hops = spread_hops(len(rows), trainer.hop_ratio, batch)
+        papers = map(corpus.__getitem__, rows)
+        pairs = enumerate(zip(papers, hops, strict=True))
+        return [Seed(index, paper.pmid, hop, paper.contents) for index, (paper, hop) in pairs]
+
     held_out, train = rows[: trainer.eval_seeds], rows[trainer.eval_seeds :]
-
-    def seeds(rows: list[int]) -> list[Seed]:
-        hops = spread_hops(len(rows), trainer.hop_ratio)
-        papers = [corpus[row] for row in rows]
-        pairs = zip(papers, hops, strict=True)
-        return [Seed(i, p.pmid, hop, cut(f"{p.title}\n{p.abstract}")) for i, (p, hop) in enumerate(pairs)]
-
-    return seeds(train), seeds(held_out)
+    return Draw(seeds(train, trainer.prompts_per_step), seeds(held_out, trainer.eval_seeds), left_out)
 
 
-def spread_hops(count: int, ratio: Sequence[int]) -> list[int]:
-    """`count` hop numbers in the given ratio of 1, 2, 3, … hops, evenly interleaved.
+def spread_hops(count: int, ratio: Sequence[int], batch: int) -> list[int]:
+    """`count` hop numbers in the given ratio of 1, 2, 3, … hops, the same in every batch.
 
-    Largest-remainder apportionment; the order places the k-th of n equal items at (k + ½)/n.
+    All in all they are the ratio's largest-remainder apportionment. A batch has each hop's share, rounded down or up;
+    up goes where most is owed by then.
     """
+    total, goal = sum(ratio), _apportion(count, ratio)
+    given = [0] * len(ratio)
+    hops: list[int] = []
+    for start in range(0, count, batch):
+        size = min(batch, count - start)
+        counts = [size * part // total for part in ratio]
+        given = [before + now for before, now in zip(given, counts, strict=True)]
+        owed = [(start + size) * whole - count * so_far for whole, so_far in zip(goal, given, strict=True)]
+        rounded = [hop for hop, part in enumerate(ratio) if size * part % total]
+        for hop in sorted(rounded, key=owed.__getitem__, reverse=True)[: size - sum(counts)]:
+            counts[hop] += 1
+            given[hop] += 1
+        hops += _interleaved(counts)
+    return hops
+
+
+def _apportion(count: int, ratio: Sequence[int]) -> list[int]:
+    """Largest remainder; of equal remainders the fewer hops first."""
     total = sum(ratio)
-    shares = [count * part / total for part in ratio]
-    counts = [int(share) for share in shares]
-    for hop in sorted(range(len(ratio)), key=lambda h: shares[h] - counts[h], reverse=True)[: count - sum(counts)]:
+    counts = [count * part // total for part in ratio]
+    order = sorted(range(len(ratio)), key=lambda hop: count * ratio[hop] % total, reverse=True)
+    for hop in order[: count - sum(counts)]:
         counts[hop] += 1
+    return counts
+
+
+def _interleaved(counts: Sequence[int]) -> list[int]:
+    """Hop numbers in an even order: the k-th of n equal ones has its place at (k + ½)/n."""
     places = [((k + 0.5) / n, hop) for hop, n in enumerate(counts, start=1) for k in range(n)]
     return [hop for _, hop in sorted(places)]
 
 
-def seed_row(seed: Seed, split: str, examples: int) -> dict[str, Any]:
+# --- prompts that fit
+
+
+def one_child() -> ProcessPoolExecutor:
+    """A process for work that loads transformers, which would otherwise stay in memory for the whole run."""
+    return ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=die_with_parent)
+
+
+@cache
+def load_tokenizer(model: str) -> Any:
+    """The tokenizer as verl loads it, with a chat template. For a child process; raises UsageError."""
+    from transformers import AutoTokenizer
+
+    where = "check DRZERO_TRAINER__ACTOR__MODEL and DRZERO_SOLVER__MODEL"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"expected a tokenizer at {model}, found none ({str(error).splitlines()[0]}); {where}"
+        ) from error
+    if not tokenizer.chat_template:
+        raise UsageError(f"expected a chat template with the tokenizer of {model}, found none; {where}")
+    return tokenizer
+
+
+def prompt_lengths(model: str, prompts: list[list[Message]]) -> list[int]:
+    """Tokens of prompts as verl's agent loop builds them: chat template, tool schema, opening of the reply."""
+    encoded = load_tokenizer(model).apply_chat_template(
+        prompts, tools=[SEARCH_TOOL], add_generation_prompt=True, tokenize=True, return_dict=True
+    )
+    return [len(ids) for ids in encoded["input_ids"]]
+
+
+def prompt_of(seed: Seed, trainer: TrainerSettings) -> list[Message]:
+    """The proposer's prompt for a seed."""
+    return proposer_messages(seed, trainer.prompts, trainer.worked_examples)
+
+
+def fit_in_child(seeds: list[Seed], trainer: TrainerSettings, model: str) -> list[FittedSeed]:
+    """`fit_prompts` in a child process."""
+    batches = [seeds[start : start + FITTED_AT_ONCE] for start in range(0, len(seeds), FITTED_AT_ONCE)]
+    with one_child() as child:
+        fitted = child.map(partial(fit_prompts, trainer=trainer, model=model), batches)
+        return [one for batch in fitted for one in batch]
+
+
+def fit_prompts(seeds: list[Seed], *, trainer: TrainerSettings, model: str) -> list[FittedSeed]:
+    """Each seed with as much of its document as fits. For a child process."""
+    load_tokenizer(model)  # says what is wrong with a model before anything else meets it
+    tokens = Tokens(model)
+    cut = [replace(seed, document=tokens.cut(seed.document, trainer.document_tokens)) for seed in seeds]
+    lengths = prompt_lengths(model, [prompt_of(seed, trainer) for seed in cut])
+    return [
+        FittedSeed(seed, length) if length <= trainer.prompt_tokens else shorten(seed, trainer, model)
+        for seed, length in zip(cut, lengths, strict=True)
+    ]
+
+
+def shorten(seed: Seed, trainer: TrainerSettings, model: str) -> FittedSeed:
+    """The seed with the longest beginning of its document that fits; raises UsageError when nothing of it does."""
+    tokens = Tokens(model)
+
+    def beginning(size: int) -> Seed:
+        return replace(seed, document=tokens.cut(seed.document, size))
+
+    def length(size: int) -> int:
+        return prompt_lengths(model, [prompt_of(beginning(size), trainer)])[0]
+
+    size = longest_fit(tokens.count(seed.document), lambda size: length(size) <= trainer.prompt_tokens)
+    if size < 1:
+        raise UsageError(
+            f"expected prompts of at most DRZERO_TRAINER__PROMPT_TOKENS = {trainer.prompt_tokens} tokens, but the one "
+            f"for PMID {seed.pmid} with {seed.hop} hops has {length(0)} without any document; raise that setting or "
+            "lower DRZERO_TRAINER__WORKED_EXAMPLES"
+        )
+    return FittedSeed(beginning(size), length(size), shortened=True)
+
+
+def longest_fit(most: int, fits: Callable[[int], bool]) -> int:
+    """The largest size in 0 … `most` that fits, by halving; −1 when not even 0 does."""
+    return bisect_left(range(most + 1), True, key=lambda size: not fits(size)) - 1
+
+
+# --- rows
+
+
+def seed_row(fitted: FittedSeed, trainer: TrainerSettings, split: str) -> dict[str, Any]:
     """One row in verl's columns; `need_tools_kwargs` and friends keep other readers of this format working."""
-    source = f"search_biomedical_{seed.hop}"
+    seed = fitted.seed
+    source = f"{SOURCE}{seed.hop}"
     create = {"ground_truth": "", "question": "", "data_source": source}
     return {
         "data_source": source,
-        "prompt": proposer_messages(seed, examples),
+        "prompt": prompt_of(seed, trainer),
         "ability": "propose",
         "agent_name": AGENT,
         "reward_model": {"style": "rule", "ground_truth": ""},
@@ -102,29 +340,17 @@ def seed_row(seed: Seed, split: str, examples: int) -> dict[str, Any]:
             "pmid": seed.pmid,
             "hop": seed.hop,
             "document": seed.document,
+            "draw_seed": trainer.seed,
+            "prompt_tokens": fitted.prompt_tokens,
             "need_tools_kwargs": True,
             "tools_kwargs": {"search": {"create_kwargs": create}},
         },
     }
 
 
-def write_rows(rows: list[dict[str, Any]], path: str) -> None:
+def write_rows(rows: list[dict[str, Any]], path: Path) -> None:
     """Write rows as Parquet."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     pq.write_table(pa.Table.from_pylist(rows), path)
-
-
-def token_cutter(model: str, tokens: int) -> Callable[[str], str]:
-    """A function that cuts a text to its first `tokens` tokens. `model` is a folder or a Hugging Face id."""
-    from tokenizers import Tokenizer  # not transformers: that would keep torch in memory for the whole run
-
-    file = Path(model) / "tokenizer.json"
-    tokenizer = Tokenizer.from_file(str(file)) if file.is_file() else Tokenizer.from_pretrained(model)
-
-    def cut(text: str) -> str:
-        ends = tokenizer.encode(text, add_special_tokens=False).offsets
-        return text if len(ends) <= tokens else text[: ends[tokens - 1][1]]
-
-    return cut

@@ -1,40 +1,149 @@
 """What the trainer shows while it runs: /health, /metrics and /report on settings.trainer.port.
 
-Gauges carry verl's names and the reward's parts as they are: `drzero_trainer_metric{name="actor/grad_norm"}` and
-`drzero_trainer_reward_part{part="format_think"}`.
+Gauges hold the newest step: verl's names as they are in `drzero_trainer_metric{name="actor/grad_norm"}`, and each name
+of `step_metrics.py` in one family per kind, such as `drzero_trainer_reward_part{part="format_think"}` or
+`drzero_trainer_hop{hop="3",name="score_mean"}`; the rest by their full name in `drzero_trainer_rollouts{name=…}`.
+Counters grow over the steps that this process has seen. /health is 200 while the process lives, and its `status` is
+`warning` while an alarm is raised or the trainer waits.
 """
 
+import math
 import threading
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TypedDict
 
 import uvicorn
 from fastapi import FastAPI
 from fastapi.responses import FileResponse, JSONResponse, Response
-from prometheus_client import Gauge
+from prometheus_client import Counter, Gauge, Histogram
 
-from shared.metrics import REGISTRY, metrics_text
+from services.trainer.guards import NAMES, Alarm
+from shared.metrics import REGISTRY, SECONDS, metrics_text
 from shared.settings import TrainerSettings
 from shared.sockets import listen
 
 STEP = Gauge("drzero_trainer_step", "Last finished optimizer step.", registry=REGISTRY)
+STAGE = Gauge("drzero_trainer_stage", "1 for the stage that runs.", ["stage"], registry=REGISTRY)
+WAITING = Gauge("drzero_trainer_waiting", "1 while the trainer waits; /health says for what.", registry=REGISTRY)
+ALARM = Gauge("drzero_trainer_alarm", "Bad steps in a row, 0 for none.", ["name"], registry=REGISTRY)
+
 METRIC = Gauge("drzero_trainer_metric", "verl's metrics of the last step.", ["name"], registry=REGISTRY)
 PART = Gauge("drzero_trainer_reward_part", "Mean of each reward part, last step.", ["part"], registry=REGISTRY)
-STAGE = Gauge("drzero_trainer_stage", "1 for the stage that runs.", ["stage"], registry=REGISTRY)
+BEST = Gauge("drzero_trainer_reward_part_max", "Maximum of a reward part, last step.", ["part"], registry=REGISTRY)
+SOLVED = Gauge("drzero_trainer_solved_share", "Share of questions by right attempts.", ["right"], registry=REGISTRY)
+HOP = Gauge("drzero_trainer_hop", "Rollouts and scores by hop, last step.", ["hop", "name"], registry=REGISTRY)
+REASONING = Gauge("drzero_trainer_reasoning_share", "Share of questions by kind.", ["type"], registry=REGISTRY)
+LATENCY = Gauge("drzero_trainer_seconds", "Time of attempts, last step.", ["of", "at"], registry=REGISTRY)
+ROLLOUTS = Gauge("drzero_trainer_rollouts", "Other numbers of the last step's rollouts.", ["name"], registry=REGISTRY)
+
+REFUSED = Counter("drzero_trainer_refused_steps", "Batches refused and made again.", registry=REGISTRY)
+INVALID = Counter("drzero_trainer_invalid_rollouts", "Rollouts lost, by reason.", ["reason"], registry=REGISTRY)
+SEARCHES = Counter("drzero_trainer_searches", "Search calls of rollouts, failed ones among them.", registry=REGISTRY)
+FAILED = Counter("drzero_trainer_searches_failed", "Broken search calls and those without papers.", registry=REGISTRY)
+BROKEN = Counter("drzero_trainer_broken_calls", "Search calls that cannot be read.", ["kind"], registry=REGISTRY)
+ATTEMPTS = Counter("drzero_trainer_attempts", "Solver attempts by how they ended.", ["ended"], registry=REGISTRY)
+ATTEMPT_S = Histogram("drzero_trainer_attempt_seconds", "Time of an attempt.", buckets=SECONDS, registry=REGISTRY)
+
+PREFIXES = {"solved/": SOLVED, "reasoning/": REASONING, "hop/": HOP, "seconds/": LATENCY}
+SUFFIXES = {"_mean": PART, "_max": BEST}
+FAMILIES = (*PREFIXES.values(), *SUFFIXES.values(), ROLLOUTS)
+RUN_TOTALS = {"invalid/": INVALID, "calls_broken/": BROKEN, "ended/": ATTEMPTS}
 
 
-def show_step(step: int, metrics: dict[str, float], parts: dict[str, float]) -> None:
-    """Set the gauges to a finished step."""
+class Health(TypedDict):
+    """The parts of /health that change."""
+
+    stage: str
+    step: int
+    alarms: list[str]
+    waiting: str | None
+
+
+HEALTH: Health = {"stage": "", "step": 0, "alarms": [], "waiting": None}
+
+
+def show_step(
+    step: int,
+    verls: Mapping[str, float | None],
+    ours: Mapping[str, float],
+    *,
+    attempt_seconds: Iterable[float] = (),
+) -> None:
+    """Show a finished step: verl's metrics (None: not finite), `step_metrics`, and the time of each attempt.
+
+    Call it once per step: the counters add what it brings.
+    """
     STEP.set(step)
-    for name, value in metrics.items():
-        METRIC.labels(name).set(value)
-    for name, value in parts.items():
-        PART.labels(name).set(value)
+    HEALTH["step"] = step
+    metrics = {name: math.nan if value is None else value for name, value in verls.items()}
+    replace(METRIC, {(name,): value for name, value in metrics.items()})
+    families: dict[Gauge, dict[tuple[str, ...], float]] = {gauge: {} for gauge in FAMILIES}
+    for name, value in ours.items():
+        gauge, labels = family(name)
+        families[gauge][labels] = value
+    for gauge, values in families.items():
+        replace(gauge, values)
+    add_to_totals(metrics, ours)
+    for seconds in attempt_seconds:
+        ATTEMPT_S.observe(seconds)
+
+
+def show_alarms(alarms: Sequence[Alarm]) -> None:
+    """Show the alarms of the newest step in place of those before."""
+    streaks = {alarm.name: alarm.streak for alarm in alarms}
+    for name in NAMES:
+        ALARM.labels(name).set(streaks.get(name, 0))
+    HEALTH["alarms"] = [alarm.text for alarm in alarms]
+
+
+def show_waiting(text: str | None) -> None:
+    """Say why the trainer waits, or that it no longer does."""
+    WAITING.set(text is not None)
+    HEALTH["waiting"] = text
 
 
 def show_stage(stage: str) -> None:
     """Mark the stage that runs now."""
-    STAGE.clear()
-    STAGE.labels(stage).set(1)
+    replace(STAGE, {(stage,): 1})
+    HEALTH["stage"] = stage
+
+
+def family(name: str) -> tuple[Gauge, tuple[str, ...]]:
+    """The gauge and the labels of one name of `step_metrics`."""
+    for prefix, gauge in PREFIXES.items():
+        if name.startswith(prefix):
+            return gauge, tuple(name.removeprefix(prefix).split("/"))
+    for suffix, gauge in SUFFIXES.items():
+        if name.endswith(suffix):
+            return gauge, (name.removesuffix(suffix),)
+    return ROLLOUTS, (name,)
+
+
+def replace(gauge: Gauge, values: Mapping[tuple[str, ...], float]) -> None:
+    """Set the gauge to these values by labels, and drop all other labels: a reader at any moment sees no gap."""
+    for labels, value in values.items():
+        gauge.labels(*labels).set(value)
+    shown = {tuple(sample.labels.values()) for metric in gauge.collect() for sample in metric.samples}
+    for labels in shown - values.keys():
+        gauge.remove(*labels)
+
+
+def add_to_totals(verls: Mapping[str, float], ours: Mapping[str, float]) -> None:
+    """Add one step to the counters."""
+    REFUSED.inc(verls.get("drzero/refused", 0))
+    SEARCHES.inc(ours.get("searches_made", 0) + ours.get("searches_failed", 0))
+    FAILED.inc(ours.get("searches_failed", 0))
+    for prefix, counter in RUN_TOTALS.items():
+        for name, count in ours.items():
+            if name.startswith(prefix):
+                counter.labels(name.removeprefix(prefix)).inc(count)
+
+
+def health() -> dict[str, object]:
+    """The body of /health."""
+    calm = not HEALTH["alarms"] and HEALTH["waiting"] is None
+    return {"status": "ok" if calm else "warning", **HEALTH}
 
 
 def serve_in_background(trainer: TrainerSettings, report: Path) -> uvicorn.Server:
@@ -42,8 +151,8 @@ def serve_in_background(trainer: TrainerSettings, report: Path) -> uvicorn.Serve
     app = FastAPI(title="Dr. Zero trainer")
 
     @app.get("/health")
-    def health() -> JSONResponse:
-        return JSONResponse({"status": "ok"})
+    def show_health() -> JSONResponse:
+        return JSONResponse(health())
 
     @app.get("/metrics")
     def metrics() -> Response:

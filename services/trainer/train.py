@@ -15,31 +15,35 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import structlog
 
-from services.trainer import status
-from services.trainer.checkpoints import discard_incomplete, newest_checkpoint, prune
+from services.trainer.checkpoints import discard_incomplete, go_back, newest_checkpoint, prune
+from services.trainer.checks import check_training
 from services.trainer.outage import read_outage
 from services.trainer.overrides import verl_overrides
 from services.trainer.paths import RunPaths
 from services.trainer.protocol import AGENT, SEARCH_TOOL, prompt_hash
+from services.trainer.publish import publish_last_good
 from services.trainer.records import (
     HELD_OUT,
     TRAIN,
     Verdict,
     compact,
-    mean_parts,
     read_metrics,
+    read_refusals,
     read_verdicts,
     seconds_trained,
+    valid_only,
 )
+from services.trainer.watch import Problem, Watch
 from shared.command import UsageError
 from shared.files import hash_json, publish, read_manifest, require_free_space, stale_reason, write_atomically
 from shared.model_files import resolve_model, weights_identity
-from shared.settings import Settings
+from shared.settings import Settings, TrainerSettings
 
 ROOT = Path(__file__).parents[2]
 POLL_S = 1.0
@@ -54,6 +58,7 @@ def train(settings: Settings, paths: RunPaths, log: structlog.stdlib.BoundLogger
         log.info("training reused", path=str(paths.training))
         return
     require_free_space(settings.storage.scratch_dir, settings.storage.min_free_gb)
+    check_training(settings, paths)
     log.info("training", because=reason)
     begin_or_resume(paths, hash_json([shape, origin]), log)
     run_to_the_end(settings, paths, log)
@@ -67,11 +72,12 @@ def training_settings(settings: Settings) -> dict[str, Any]:
     trainer = settings.trainer
     neutral = {
         "run", "host", "port", "agent_workers", "reward_workers", "storage_units", "save_every", "keep_checkpoints",
-        "patience_s", "stall_s", "object_store_gb", "restarts", "actor", "reward",
+        "patience_s", "stall_s", "object_store_gb", "restarts", "max_refusals", "guards", "actor", "reward",
     }  # fmt: skip
+    patience = {"concurrency", "attempt_deadline_s", "question_deadline_s"}
     shape = trainer.model_dump(mode="json", exclude=neutral)
     shape["actor"] = trainer.actor.model_dump(mode="json", exclude={"rollout_threads", "gpu_memory_utilization"})
-    shape["reward"] = trainer.reward.model_dump(mode="json", exclude={"concurrency"})
+    shape["reward"] = trainer.reward.model_dump(mode="json", exclude=patience)
     shape["solver"] = {"model": settings.solver.model}
     return shape
 
@@ -82,7 +88,7 @@ def training_origin(settings: Settings, paths: RunPaths) -> dict[str, str]:
         "seeds": read_manifest(paths.seeds).identity,
         "index": read_manifest(paths.index).identity,
         "base_weights": weights_identity(resolve_model(settings.trainer.actor.model, settings)),
-        "solver_prompt": prompt_hash("solver"),
+        "solver_prompt": prompt_hash("solver", settings.trainer.prompts),
     }
 
 
@@ -106,19 +112,40 @@ def run_to_the_end(settings: Settings, paths: RunPaths, log: structlog.stdlib.Bo
         problem = run_verl(settings, paths, log)
         if problem is None and finished(settings, paths):
             return
+        if problem is not None and problem.good_step is not None:
+            raise UsageError(give_up(problem.text, problem.good_step, paths))
         outage = read_outage(paths.outage)
         if outage is not None:
             raise UsageError(f"training stopped: {outage}. {how_to_resume(paths)}")
-        problem = problem or "verl ended before all steps were done"
-        log.warning("training crashed", problem=problem, attempt=attempt + 1, log=str(paths.log / "verl.log"))
-    raise UsageError(f"training stopped: {problem}; see {paths.log / 'verl.log'}. {how_to_resume(paths)}")
+        text = problem.text if problem else "verl ended before all steps and validations were done"
+        log.warning("training crashed", problem=text, attempt=attempt + 1, log=str(paths.log / "verl.log"))
+    raise UsageError(f"training stopped: {text}; see {paths.log / 'verl.log'}. {how_to_resume(paths)}")
 
 
 def finished(settings: Settings, paths: RunPaths) -> bool:
-    """Whether the last step has a checkpoint and the last validation all its rows."""
+    """Whether the last step has a checkpoint and the last validation enough judged rows."""
     newest = newest_checkpoint(paths.checkpoints)
     done = read_verdicts(paths.log, HELD_OUT).get(settings.trainer.steps, [])
-    return newest is not None and newest[0] >= settings.trainer.steps and len(done) >= settings.trainer.eval_seeds
+    return newest is not None and newest[0] >= settings.trainer.steps and validated(done, settings.trainer)
+
+
+def validated(rows: list[Verdict], trainer: TrainerSettings) -> bool:
+    """Whether a validation has all its rows and services lost no more of them than of a training batch."""
+    lost = len(rows) - len(valid_only(rows))
+    return len(rows) >= trainer.eval_seeds and lost <= trainer.max_invalid_share * trainer.eval_seeds
+
+
+def give_up(problem: str, good_step: int, paths: RunPaths) -> str:
+    """Go back to the last checkpoint of at most step `good_step` after a fatal alarm; returns the words for it."""
+    good = go_back(paths.checkpoints, paths.good, through=good_step)
+    if good is None:
+        return f"training stopped: {problem}. There is no checkpoint from before that"
+    publish_last_good(paths, good)
+    return (
+        f"training stopped: {problem}. The last good checkpoint is that of step {good[0]}; its weights are in "
+        f"{paths.last_good}. The same command tries again from there; to change settings and keep what was learnt, set "
+        f"DRZERO_TRAINER__ACTOR__MODEL={paths.last_good.resolve()}"
+    )
 
 
 def how_to_resume(paths: RunPaths) -> str:
@@ -128,11 +155,13 @@ def how_to_resume(paths: RunPaths) -> str:
     return f"Run the same command again to resume from {place}"
 
 
-def run_verl(settings: Settings, paths: RunPaths, log: structlog.stdlib.BoundLogger) -> str | None:
+def run_verl(settings: Settings, paths: RunPaths, log: structlog.stdlib.BoundLogger) -> Problem | None:
     """One attempt; returns None when verl ended well, else what happened."""
     discard_incomplete(paths.checkpoints)
     newest = newest_checkpoint(paths.checkpoints)
-    compact(paths.log, through=newest[0] if newest else -1, held_out=settings.trainer.eval_seeds)
+    keep = partial(validated, trainer=settings.trainer)
+    compact(paths.log, through=newest[0] if newest else -1, validation_stands=keep)
+    paths.waiting.unlink(missing_ok=True)
     write_verl_files(paths)
     model = resolve_model(settings.trainer.actor.model, settings)
     overrides = verl_overrides(settings, paths, model=model, resume_from=str(newest[1]) if newest else None)
@@ -195,57 +224,19 @@ def end_group(process: subprocess.Popen[bytes]) -> None:
 
 def follow(
     process: subprocess.Popen[bytes], settings: Settings, paths: RunPaths, log: structlog.stdlib.BoundLogger
-) -> str | None:
-    """Watch one attempt: report finished steps, stop at an outage or a stall. Returns what went wrong, or None."""
-    reported = set(read_metrics(paths.log))
-    last_signs, last_change = signs_of_progress(paths), time.monotonic()
+) -> Problem | None:
+    """Watch one attempt until verl ends or must be stopped. Returns what went wrong, or None."""
+    watch = Watch(settings, paths, log)
     while True:
         code = process.poll()
-        metrics = read_metrics(paths.log)
-        for step in sorted(set(metrics) - reported):
-            reported.add(step)
-            report_step(step, metrics[step], read_verdicts(paths.log, TRAIN).get(step, []), log)
+        problem = watch.look()
+        if code == 0 and (problem is None or problem.good_step is None):
+            return None
+        if problem is not None:
+            return problem
         if code is not None:
-            return None if code == 0 else f"verl ended with status {code}"
-        if read_outage(paths.outage) is not None:
-            return "a service stayed away"
-        signs = signs_of_progress(paths)
-        if signs != last_signs:
-            last_signs, last_change = signs, time.monotonic()
-        elif time.monotonic() - last_change > settings.trainer.stall_s:
-            return f"no sign of progress for {settings.trainer.stall_s:.0f} s"
+            return Problem(f"verl ended with status {code}")
         time.sleep(POLL_S)
-
-
-def signs_of_progress(paths: RunPaths) -> tuple[int, tuple[str, ...]]:
-    """What grows while training goes on: verdicts, metrics and checkpoints.
-
-    verl's own log does not count: a trainer that waits for a worker that has died goes on writing that it waits.
-    """
-    written = sum(path.stat().st_size for path in paths.log.glob("*.jsonl"))
-    return written, tuple(sorted(str(path) for path in paths.checkpoints.glob("global_step_*/*")))
-
-
-def report_step(
-    step: int, metrics: dict[str, float], verdicts: list[Verdict], log: structlog.stdlib.BoundLogger
-) -> None:
-    """Log one step's averages with a sample, and show them as metrics."""
-    means = mean_parts(verdicts)
-    status.show_step(step, metrics, means)
-    if not verdicts:
-        return
-    sample = max(verdicts, key=lambda v: v["score"])
-    log.info(
-        f"step {step}",
-        reward_avg=round(means["score"], 3),
-        reward_max=round(sample["score"], 3),
-        format_avg=round(means["format"], 3),
-        searches=int(sum(v["searches_made"] for v in verdicts)),
-        seconds=round(metrics.get("timing_s/step", 0.0), 1),
-        question=sample["question"][:120],
-        answer=sample["answer"][:60],
-        solver_answers=[attempt["answer"][:60] for attempt in sample["attempts"]],
-    )
 
 
 def publish_record(settings: Settings, paths: RunPaths, shape: dict[str, Any], origin: dict[str, str]) -> None:
@@ -260,4 +251,10 @@ def publish_record(settings: Settings, paths: RunPaths, shape: dict[str, Any], o
             (draft.path / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
         draft.rows = len(train_rows)
         draft.seconds = seconds_trained(paths.log)
-        draft.counts = {"steps": steps, "rollouts": len(train_rows), "held_out": len(held_rows)}
+        draft.counts = {
+            "steps": steps,
+            "rollouts": len(train_rows),
+            "invalid": len(train_rows) - len(valid_only(train_rows)),
+            "refused_batches": len(read_refusals(paths.log)),
+            "held_out": len(held_rows),
+        }

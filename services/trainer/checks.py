@@ -1,0 +1,335 @@
+"""What must hold before verl starts: `check_training(settings, paths)`, called by the stage `train`.
+
+Looks at the settings' arithmetic, the seed files and the models' templates, changes nothing, and raises one UsageError
+that lists every problem with expected, found and the variable to change. What is allowed but worth knowing is logged.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from services.trainer.paths import RunPaths
+from services.trainer.protocol import SEARCH_TOOL, Message, solver_messages
+from services.trainer.seeds import SOURCE, load_tokenizer, one_child, prompt_lengths
+from shared.command import UsageError
+from shared.files import ArtifactError
+from shared.model_files import resolve_model
+from shared.settings import Settings, TrainerSettings
+
+COLUMNS = frozenset({"data_source", "prompt", "ability", "agent_name", "reward_model", "extra_info"})
+EXTRA = frozenset({
+    "index", "split", "pmid", "hop", "document", "draw_seed", "prompt_tokens", "need_tools_kwargs", "tools_kwargs",
+})  # fmt: skip
+QUESTION_TOKENS = 64  # what a question may add to the solver's first prompt
+PROBE: tuple[Message, ...] = tuple(
+    {"role": role, "content": f"A word of the {role}."} for role in ("system", "user", "assistant", "tool")
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Rendering:
+    """The probe conversation in a model's chat template, with the tool's schema."""
+
+    text: str
+    prompt: str  # the same with the opening of a reply
+    end_of_turn: str  # the tokenizer's, or ""
+
+
+def check_training(settings: Settings, paths: RunPaths) -> None:
+    """Raise UsageError when a training with these settings and seeds would fail or silently train on something else."""
+    # In a child, because neither transformers nor the rows of a large draw should stay in memory during training.
+    with one_child() as child:
+        problems = [
+            *arithmetic_problems(settings),
+            *child.submit(seed_file_problems, paths.seeds, settings.trainer).result(),
+            *model_problems(settings, child),
+        ]
+    if problems:
+        raise UsageError("\n- ".join([f"training cannot start, {len(problems)} to mend:", *problems]))
+    log: structlog.stdlib.BoundLogger = structlog.get_logger()
+    for note in training_notes(settings):
+        log.info("worth knowing before training", note=note)
+
+
+# --- settings
+
+
+def arithmetic_problems(settings: Settings) -> list[str]:
+    """What is wrong with the numbers alone."""
+    trainer, solver = settings.trainer, settings.solver
+    problems = batch_problems(trainer)
+    if trainer.turn_tokens > trainer.response_tokens:
+        problems.append(
+            f"expected DRZERO_TRAINER__TURN_TOKENS of at most DRZERO_TRAINER__RESPONSE_TOKENS = "
+            f"{trainer.response_tokens}, found {trainer.turn_tokens}; lower the one or raise the other"
+        )
+    first = trainer.turn_tokens + trainer.max_tool_tokens
+    if most_hops(trainer) > 1 and trainer.max_turns > 1 and first >= trainer.response_tokens:
+        problems.append(
+            f"expected a first turn (DRZERO_TRAINER__TURN_TOKENS = {trainer.turn_tokens}) and one search result "
+            f"(DRZERO_TRAINER__MAX_TOOL_TOKENS = {trainer.max_tool_tokens}) to leave room for an answer, found "
+            f"DRZERO_TRAINER__RESPONSE_TOKENS = {trainer.response_tokens}; raise it above {first}"
+        )
+    if trainer.reward.max_new_tokens >= solver.context_tokens:
+        problems.append(
+            f"expected DRZERO_TRAINER__REWARD__MAX_NEW_TOKENS below DRZERO_SOLVER__CONTEXT_TOKENS = "
+            f"{solver.context_tokens}, found {trainer.reward.max_new_tokens}; lower the one or raise the other"
+        )
+    return problems
+
+
+def batch_problems(trainer: TrainerSettings) -> list[str]:
+    """What verl's batches and the advantage demand of a step's rollouts."""
+    actor, problems = trainer.actor, []
+    rollouts = trainer.prompts_per_step * trainer.rollouts_per_prompt
+    portion = actor.gpus * actor.nodes * actor.micro_batch
+    if rollouts % portion:
+        problems.append(
+            f"expected the rollouts of a step to be a multiple of gpus × nodes × micro-batch = {actor.gpus} × "
+            f"{actor.nodes} × {actor.micro_batch} = {portion}, found {trainer.prompts_per_step} × "
+            f"{trainer.rollouts_per_prompt} = {rollouts}; change DRZERO_TRAINER__PROMPTS_PER_STEP, "
+            "DRZERO_TRAINER__ROLLOUTS_PER_PROMPT or DRZERO_TRAINER__ACTOR__MICRO_BATCH"
+        )
+    if trainer.advantage == "grpo" and trainer.rollouts_per_prompt == 1:
+        problems.append(
+            "expected at least 2 rollouts per prompt with grpo, which compares the rollouts of one prompt, found 1; "
+            "raise DRZERO_TRAINER__ROLLOUTS_PER_PROMPT or set DRZERO_TRAINER__ADVANTAGE=hrpo"
+        )
+    return problems
+
+
+def training_notes(settings: Settings) -> list[str]:
+    """What is allowed and may surprise."""
+    trainer, reward = settings.trainer, settings.trainer.reward
+    notes = []
+    steps = trainer.seeds // trainer.prompts_per_step
+    if trainer.steps > steps:
+        notes.append(f"{trainer.steps} steps pass {trainer.steps / steps:.1f} times over seeds for {steps} steps")
+    if trainer.max_turns < most_hops(trainer):
+        notes.append(
+            f"{most_hops(trainer)} hops need as many turns at one search a turn; "
+            f"DRZERO_TRAINER__MAX_TURNS is {trainer.max_turns}"
+        )
+    longest = trainer.max_turns * trainer.turn_tokens + (trainer.max_turns - 1) * trainer.max_tool_tokens
+    if longest > trainer.response_tokens:
+        notes.append(
+            f"a rollout that uses all its turns may have {longest} tokens and is cut at "
+            f"DRZERO_TRAINER__RESPONSE_TOKENS = {trainer.response_tokens}"
+        )
+    longest = reward.max_turns * reward.max_new_tokens + (reward.max_turns - 1) * reward.max_tool_tokens
+    if longest > settings.solver.context_tokens:
+        notes.append(
+            f"an attempt that uses all its turns may have {longest} tokens besides its prompt and ends at "
+            f"DRZERO_SOLVER__CONTEXT_TOKENS = {settings.solver.context_tokens}"
+        )
+    return notes
+
+
+def most_hops(trainer: TrainerSettings) -> int:
+    """The largest number of hops that is drawn."""
+    return max(hop for hop, part in enumerate(trainer.hop_ratio, start=1) if part)
+
+
+# --- seed files
+
+
+def seed_file_problems(folder: Path, trainer: TrainerSettings) -> list[str]:
+    """What is wrong with the rows that verl is to read."""
+    again = f"delete {folder} and run `python -m services.trainer seeds`"
+    problems: list[str] = []
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for split in ("train", "held_out"):
+        path = folder / f"{split}.parquet"
+        try:
+            rows[split] = read_rows(path)
+            found = row_problems(rows[split], trainer, split)
+        except ArtifactError as error:
+            found = [str(error)]
+        problems += [f"{path}: {problem}; {again}" for problem in found]
+    if len(rows) == 2:
+        shared = {row["extra_info"]["pmid"] for row in rows["train"]} & {
+            row["extra_info"]["pmid"] for row in rows["held_out"]
+        }
+        if shared:
+            problems.append(
+                f"{folder}: expected no PMID in both files, found {len(shared)}, e.g. {min(shared)}; {again}"
+            )
+    return problems
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a seed file; raises ArtifactError when it is missing or has other columns."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not path.is_file():
+        raise ArtifactError("expected this file, found none")
+    try:
+        table = pq.read_table(path)
+    except pa.ArrowInvalid as error:
+        raise ArtifactError(f"expected Parquet, found something else ({error})") from error
+    columns = set(table.column_names)
+    if columns != COLUMNS:
+        raise ArtifactError(f"expected the columns {_listed(COLUMNS)}, found {_listed(columns)}")
+    extra = table.schema.field("extra_info").type
+    fields: set[str] = {field.name for field in extra} if pa.types.is_struct(extra) else set()
+    if fields != EXTRA:
+        raise ArtifactError(f"expected the fields {_listed(EXTRA)} in extra_info, found {_listed(fields)}")
+    return table.to_pylist()  # type: ignore[no-any-return]
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names)) or "none"
+
+
+def row_problems(rows: Sequence[dict[str, Any]], trainer: TrainerSettings, split: str) -> list[str]:
+    """What is wrong with the rows of one file, each kind of problem once with its first row."""
+    problems = []
+    rules: dict[str, Callable[[dict[str, Any]], bool]] = {
+        "the hop at the end of data_source": lambda row: row["data_source"] == f"{SOURCE}{row['extra_info']['hop']}",
+        "messages with a role and a text in prompt": lambda row: _is_prompt(row["prompt"]),
+        f"prompt_tokens of at most DRZERO_TRAINER__PROMPT_TOKENS = {trainer.prompt_tokens}": lambda row: (
+            0 < row["extra_info"]["prompt_tokens"] <= trainer.prompt_tokens
+        ),
+        "tools_kwargs with arguments for the tool search": lambda row: _offers_search(row["extra_info"]),
+        f"draw_seed = DRZERO_TRAINER__SEED = {trainer.seed}": lambda row: (
+            row["extra_info"]["draw_seed"] == trainer.seed
+        ),
+    }
+    for rule, holds in rules.items():
+        wrong = [number for number, row in enumerate(rows) if not holds(row)]
+        if wrong:
+            problems.append(f"expected {rule} in every row, found {len(wrong)} rows without, the first is {wrong[0]}")
+    needed, name = (
+        (trainer.prompts_per_step, "PROMPTS_PER_STEP") if split == "train" else (trainer.eval_seeds, "EVAL_SEEDS")
+    )
+    if len(rows) < needed:
+        problems.append(f"expected at least DRZERO_TRAINER__{name} = {needed} rows, found {len(rows)}")
+    problems += uneven_hops([row["extra_info"]["hop"] for row in rows], trainer.hop_ratio, needed)
+    return problems
+
+
+def _is_prompt(messages: Any) -> bool:
+    return bool(messages) and all(
+        set(message) == {"role", "content"} and message["role"] and message["content"] for message in messages
+    )
+
+
+def _offers_search(extra: dict[str, Any]) -> bool:
+    tool = (extra["tools_kwargs"] or {}).get("search") or {}
+    return bool(extra["need_tools_kwargs"] and tool.get("create_kwargs"))
+
+
+def uneven_hops(hops: Sequence[int], ratio: Sequence[int], batch: int) -> list[str]:
+    """Says which batch of `batch` seeds first differs by more than 1 from the ratio's share of a hop."""
+    total = sum(ratio)
+    for start in range(0, len(hops) - batch + 1, batch):
+        counts = [hops[start : start + batch].count(hop) for hop in range(1, len(ratio) + 1)]
+        if any(abs(count * total - batch * part) > total for count, part in zip(counts, ratio, strict=True)):
+            wanted = ":".join(map(str, ratio))
+            return [
+                f"expected hops in the ratio DRZERO_TRAINER__HOP_RATIO = {wanted} in every {batch} rows, found "
+                f"{':'.join(map(str, counts))} from row {start} on"
+            ]
+    return []
+
+
+# --- models
+
+
+def model_problems(settings: Settings, child: ProcessPoolExecutor) -> list[str]:
+    """What is wrong with context, tokenizer and chat template of proposer and solver; loads them in `child`."""
+    trainer, reward = settings.trainer, settings.trainer.reward
+    try:
+        proposer = resolve_model(trainer.actor.model, settings)
+        solver = resolve_model(settings.solver.model, settings)
+    except ArtifactError as error:
+        return [str(error)]
+    problems = position_problems(proposer, trainer)
+    first = solver_messages("", trainer.prompts, reward.worked_examples)
+    try:
+        for model, name in {proposer: "TRAINER__ACTOR__MODEL", solver: "SOLVER__MODEL"}.items():
+            rendering = child.submit(render_probe, model).result()
+            problems += [f"{problem}; change DRZERO_{name}" for problem in template_problems(rendering, model)]
+        (length,) = child.submit(prompt_lengths, solver, [first]).result()
+    except UsageError as error:
+        return [*problems, str(error)]
+    needed = length + QUESTION_TOKENS + reward.max_new_tokens
+    if needed > settings.solver.context_tokens:
+        problems.append(
+            f"expected DRZERO_SOLVER__CONTEXT_TOKENS of at least {needed} (prompt {length}, question "
+            f"{QUESTION_TOKENS}, DRZERO_TRAINER__REWARD__MAX_NEW_TOKENS {reward.max_new_tokens}), found "
+            f"{settings.solver.context_tokens}; raise it or lower DRZERO_TRAINER__REWARD__WORKED_EXAMPLES"
+        )
+    return problems
+
+
+def position_problems(model: str, trainer: TrainerSettings) -> list[str]:
+    """Whether prompt and response fit the model's positions, where its config lies in a local folder."""
+    file = Path(model) / "config.json"
+    if not file.is_file():
+        return []
+    config = json.loads(file.read_text(encoding="utf-8"))
+    positions = config.get("max_position_embeddings") or config.get("text_config", {}).get("max_position_embeddings")
+    needed = trainer.prompt_tokens + trainer.response_tokens
+    if positions is None or needed <= positions:
+        return []
+    return [
+        f"expected DRZERO_TRAINER__PROMPT_TOKENS + DRZERO_TRAINER__RESPONSE_TOKENS within the {positions} positions of "
+        f"{model}, found {trainer.prompt_tokens} + {trainer.response_tokens} = {needed}; lower them"
+    ]
+
+
+def render_probe(model: str) -> Rendering:
+    """The probe in a model's template. For a child process; raises UsageError when the template refuses it."""
+    from jinja2 import TemplateError
+
+    tokenizer = load_tokenizer(model)
+    try:
+        text, prompt = (
+            tokenizer.apply_chat_template(
+                list(PROBE), tools=[SEARCH_TOOL], add_generation_prompt=opened, tokenize=False
+            )
+            for opened in (False, True)
+        )
+    except TemplateError as error:
+        raise UsageError(
+            f"expected {model} to have a chat template for the roles system, user, assistant and tool, but it refuses "
+            f"them ({error}); change DRZERO_TRAINER__ACTOR__MODEL or DRZERO_SOLVER__MODEL"
+        ) from error
+    return Rendering(text, prompt, tokenizer.eos_token or "")
+
+
+def template_problems(rendering: Rendering, model: str) -> list[str]:
+    """What a rendering of the probe lacks for conversations with tools."""
+    text = rendering.text
+    places = [text.find(message["content"]) for message in PROBE]
+    if -1 in places or places != sorted(places):
+        return [f"expected the chat template of {model} to show every message in order, found it does not"]
+    problems = []
+    if not all(word in text for word in ("search", "query_list")):
+        problems.append(f"expected the chat template of {model} to show the tool's schema, found it does not")
+    openings = list(_openings(text, places))
+    if any(one.endswith(other) for one in openings for other in openings if one is not other):
+        problems.append(f"expected the chat template of {model} to keep the four roles apart, found it does not")
+    if not rendering.prompt.startswith(text) or rendering.prompt == text:
+        problems.append(f"expected the chat template of {model} to open the reply at the end, found it does not")
+    if not rendering.end_of_turn:
+        problems.append(f"expected {model} to have an end-of-turn token (eos_token), found none")
+    elif rendering.end_of_turn not in openings[3]:
+        problems.append(
+            f"expected {model} to end an assistant's turn with its eos_token {rendering.end_of_turn}, found "
+            f"{openings[3][:40]!r}"
+        )
+    return problems
+
+
+def _openings(text: str, places: Sequence[int]) -> Iterator[str]:
+    """What stands before each message of the probe."""
+    ends = [0, *(place + len(message["content"]) for place, message in zip(places, PROBE, strict=True))]
+    yield from (text[start:place] for start, place in zip(ends, places, strict=False))

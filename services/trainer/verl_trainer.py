@@ -1,0 +1,230 @@
+"""verl's synchronous trainer with what self-play needs: hops in the advantage, lost rollouts out of the update.
+
+Registered as `trainer.v1.trainer_mode=drzero`. Three things differ from verl's own class:
+
+- Advantages come from `advantage.py`, with hop and validity of each rollout; invalid ones are masked out of the loss.
+- A batch of which services lost more than `trainer.max_invalid_share` is refused before the weights see it: the trainer
+  waits until search and solver are healthy, then rolls the same prompts out again. Rollouts that verl itself dropped
+  count as lost.
+- What the advantage was made of is logged as `drzero/…` beside verl's metrics.
+"""
+
+import json
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import transfer_queue as tq
+from tensordict import TensorDict
+from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
+from verl.trainer.ppo.v1.trainer_base import register_trainer
+from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+
+from services.trainer.advantage import flat_groups, grpo_advantages, hrpo_advantages
+from services.trainer.outage import noting_outage
+from services.trainer.paths import run_paths
+from services.trainer.protocol import TRAINER
+from services.trainer.records import append_refusal
+from services.trainer.reward import hop_of
+from shared.clients import Unavailable
+from shared.files import write_atomically
+from shared.settings import Settings, TrainerSettings, load_settings
+
+PARTITION = "train"
+PROBE_S = 1.0
+NOTHING_CAME_BACK = "no materializable trajectories"  # in what verl raises when every rollout of a batch failed
+
+
+@dataclass(frozen=True, slots=True)
+class Rollouts:
+    """What the advantage needs of a batch, one entry per row; padding rows of verl are not `real`."""
+
+    rewards: list[float]
+    hops: list[int]
+    prompts: list[str]
+    valid: list[bool]
+    real: list[bool]
+
+
+@register_trainer(TRAINER)
+class SelfPlayTrainer(PPOTrainerSync):  # type: ignore[misc]
+    """The proposer's trainer."""
+
+    def _build_replay_buffer(self) -> "CheckedBuffer":
+        self.trainer_mode = "sync"  # to verl's code this is the synchronous mode; only the class differs
+        self._settings = load_settings()
+        return CheckedBuffer(super()._build_replay_buffer(), self._again, self._settings)
+
+    def on_validate_begin(self) -> None:
+        """A validation is not repeated when services lose it, so it begins only when they are there."""
+        wait_for_health(self._settings, "a validation is about to begin")
+        super().on_validate_begin()
+
+    def _submit_batch_to_rollout(self, batch: TensorDict) -> int:
+        self._submitted = batch.copy()
+        return int(super()._submit_batch_to_rollout(batch))
+
+    def _again(self) -> None:
+        """Roll the prompts of this step out once more."""
+        self._submit_batch_to_rollout(self._submitted)
+
+    def _compute_advantage(self, batch: Any, metrics: dict[str, Any]) -> Any:
+        batch = super()._compute_advantage(batch, metrics)
+        rollouts = read_rollouts(batch)
+        advantages = batch_advantages(rollouts, self._settings.trainer)
+        metrics.update(advantage_metrics(rollouts, advantages, self._settings.trainer))
+        write_advantages(batch, advantages, rollouts.valid)
+        return batch
+
+
+class CheckedBuffer:
+    """verl's replay buffer, but a training batch comes out only when enough of it was judged."""
+
+    def __init__(self, inner: ReplayBuffer, again: Callable[[], None], settings: Settings) -> None:
+        self._inner = inner
+        self._again = again
+        self._settings = settings
+
+    def sample(self, global_steps: int, partition_id: str, batch_size: int) -> tuple[Any, dict[str, Any]]:
+        """verl's `sample`; refuses and repeats a training batch as long as services lose too much of it."""
+        trainer = self._settings.trainer
+        refused = 0
+        while True:
+            try:
+                batch, metrics = self._inner.sample(global_steps, partition_id, batch_size)
+            except RuntimeError as error:
+                if NOTHING_CAME_BACK not in str(error):
+                    raise
+                batch, metrics = None, {}
+            if partition_id != PARTITION:
+                return batch, metrics
+            reasons = lost_rollouts(batch, expected=batch_size * trainer.rollouts_per_prompt)
+            share = reasons.total() / (batch_size * trainer.rollouts_per_prompt)
+            # A batch without any judged rollout has nothing to divide the loss by, whatever the settings allow.
+            if share <= trainer.max_invalid_share and share < 1:
+                return batch, metrics | {"drzero/refused": refused, "drzero/invalid_share": share}
+            refused += 1
+            self._refuse(global_steps, reasons, share, refused)
+
+    def _refuse(self, step: int, reasons: Counter[str], share: float, refused: int) -> None:
+        trainer, paths = self._settings.trainer, run_paths(self._settings)
+        text = f"step {step} refused: {share:.0%} of its rollouts were lost ({dict(reasons)})"
+        append_refusal(paths.log, step=step, text=text)
+        if refused > trainer.max_refusals:
+            with noting_outage():
+                raise Unavailable("rollouts", f"{text}, {refused} times in a row")
+        wait_for_health(self._settings, text)
+        left = tq.kv_list(PARTITION) or {}
+        tq.kv_clear(partition_id=PARTITION, keys=list(left.get(PARTITION, {})))
+        self._again()
+
+
+def lost_rollouts(batch: Any, *, expected: int) -> Counter[str]:
+    """Lost rollouts of a batch by reason; those that never came back count as `rollout`."""
+    if batch is None:
+        return Counter(rollout=expected)
+    notes = [reward_notes(extra) for extra in fetch(batch, "extra_fields")]
+    reasons = Counter("invalid" for note in notes if not note["valid"])
+    return reasons + Counter(rollout=max(0, expected - len(notes)))
+
+
+def wait_for_health(settings: Settings, reason: str) -> None:
+    """Return when search and solver answer; Unavailable when one has not within `trainer.patience_s`.
+
+    While it waits, `waiting.json` says why; a service that stays away is noted as an outage.
+    """
+    waiting, patience = run_paths(settings).waiting, settings.trainer.patience_s
+    give_up = time.monotonic() + patience
+    probes = (("retrieval", f"{settings.retrieval.url}/ready"), ("solver", f"{settings.solver.url}/health"))
+    for service, address in probes:
+        while not answers(address):
+            write_atomically(waiting, json.dumps({"text": f"{reason}; {service} does not answer at {address}"}))
+            if time.monotonic() > give_up:
+                with noting_outage():
+                    raise Unavailable(service, f"{address} is not healthy after {patience:.0f} s ({reason})")
+            time.sleep(PROBE_S)
+    waiting.unlink(missing_ok=True)
+
+
+def answers(address: str) -> bool:
+    """Whether a GET brings status 200."""
+    try:
+        with urllib.request.urlopen(address, timeout=5) as reply:  # noqa: S310
+            return bool(reply.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def read_rollouts(batch: Any) -> Rollouts:
+    """Reward, hop, prompt and validity of each row of a batch, from verl's transfer queue."""
+    notes = [reward_notes(extra) for extra in fetch(batch, "extra_fields")]
+    real = [not tag.get("is_padding", False) for tag in batch.tags]
+    return Rollouts(
+        rewards=[float(note["score"]) for note in notes],
+        hops=[hop_of(str(source)) for source in fetch(batch, "data_source")],
+        prompts=[key.split("_")[0] for key in batch.keys],
+        valid=[bool(note["valid"]) and ok for note, ok in zip(notes, real, strict=True)],
+        real=real,
+    )
+
+
+def fetch(batch: Any, field: str) -> list[Any]:
+    """One non-tensor field of all rows of a batch."""
+    data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=[field])
+    return list(data[field].tolist() if hasattr(data[field], "tolist") else data[field])
+
+
+def reward_notes(extra: Any) -> dict[str, float]:
+    """What `reward.compute_score` returned for a row."""
+    return dict(extra["reward_extra_info"])
+
+
+def batch_advantages(rollouts: Rollouts, trainer: TrainerSettings) -> list[float]:
+    """One advantage per row, by the estimator of the settings."""
+    if trainer.advantage == "grpo":
+        return grpo_advantages(rollouts.rewards, rollouts.prompts, rollouts.valid)
+    return hrpo_advantages(
+        rollouts.rewards,
+        rollouts.hops,
+        rollouts.valid,
+        small_group=trainer.small_group,
+        small_group_rule=trainer.small_group_rule,
+    )
+
+
+def advantage_metrics(rollouts: Rollouts, advantages: Sequence[float], trainer: TrainerSettings) -> dict[str, float]:
+    """Numbers about the groups of a step, for the log and the guards."""
+    keys: Sequence[Any] = rollouts.prompts if trainer.advantage == "grpo" else rollouts.hops
+    groups, flat = flat_groups(advantages, keys, rollouts.valid)
+    sizes = Counter(hop for hop, ok in zip(rollouts.hops, rollouts.valid, strict=True) if ok)
+    small = sum(size < trainer.small_group for size in sizes.values()) if trainer.advantage == "hrpo" else 0
+    return {
+        "drzero/groups": float(groups),
+        "drzero/groups_flat": float(flat),
+        "drzero/groups_small": float(small),
+        "drzero/invalid": float(sum(rollouts.real) - sum(rollouts.valid)),
+    }
+
+
+def write_advantages(batch: Any, advantages: Sequence[float], valid: Sequence[bool]) -> None:
+    """Give every token a row has sampled the row's advantage; mask invalid rows out of loss and token count."""
+    data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["response_mask"])
+    fields = loss_fields(data["response_mask"], advantages, valid)
+    tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=TensorDict(fields, batch_size=len(batch)))
+
+
+def loss_fields(response_mask: Any, advantages: Sequence[float], valid: Sequence[bool]) -> dict[str, Any]:
+    """What verl's loss reads, from the jagged mask of sampled tokens: advantages and the two masks it knows."""
+    import torch
+    from verl.workers.utils.padding import response_to_nested
+
+    mask = response_mask.to_padded_tensor(padding=0)
+    kept = mask * torch.tensor(valid, dtype=mask.dtype)[:, None]
+    per_token = kept.float() * torch.tensor(advantages, dtype=torch.float32)[:, None]
+    # The policy loss sums over response_mask; the number of tokens it divides by comes from loss_mask.
+    fields = {"advantages": per_token, "returns": per_token, "response_mask": kept, "loss_mask": kept}
+    return {name: response_to_nested(value, response_mask) for name, value in fields.items()}

@@ -1,0 +1,305 @@
+"""The numbers and console lines of one step, and how the trainer's status page shows them over HTTP."""
+
+import math
+import socket
+import statistics
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client.parser import text_string_to_metric_families
+
+from services.trainer import status
+from services.trainer.guards import NAMES, alarms
+from services.trainer.step_metrics import attempt_seconds, console_lines, percentile, shorten, step_metrics
+from shared.settings import GuardSettings, TrainerSettings
+
+Verdict = dict[str, Any]
+LOST: Verdict = {"valid": 0.0, "invalid_reason": "solver", "score": 0.0, "attempts_valid": 0.0}
+
+
+def attempt(answer: str = "TP53", ended: str = "answered", seconds: float = 1.0) -> dict[str, Any]:
+    return {"answer": answer, "ended": ended, "searches": 1, "seed": 7, "seconds": seconds}
+
+
+def verdict(right: int = 2, judged: int = 5, **changes: Any) -> Verdict:
+    """A valid verdict with `right` of `judged` attempts right, but for these changes."""
+    parts = {f"format_{name}": 1.0 for name in ("integrity", "think", "tool", "question", "answer")}
+    return {
+        "hop": 2,
+        "question": "Which gene does the drug act on?",
+        "answer": "TP53",
+        "attempts": [attempt(seconds=float(number + 1)) for number in range(judged)],
+        "valid": 1.0,
+        "invalid_reason": "",
+        "score": 0.5,
+        "format": 1.0,
+        "difficulty": 0.0,
+        **parts,
+        "citations": 0.0,
+        "genes": 1.0,
+        "reasoning": 0.5,
+        "novelty": 1.0,
+        "reasoning_type": "entity",
+        "attempts_made": float(judged),
+        "attempts_valid": float(judged),
+        "attempts_correct": float(right),
+        "searches_made": 2.0,
+        "calls_failed": 1.0,
+        "calls_broken": {},
+        "seconds_attempts": 6.0,
+        **changes,
+    }
+
+
+judged_verdicts = st.integers(0, 5).flatmap(
+    lambda judged: st.builds(
+        verdict,
+        st.integers(0, judged),
+        st.just(judged),
+        hop=st.integers(1, 4),
+        score=st.floats(0, 1.5),
+        novelty=st.floats(0, 1),
+        reasoning_type=st.sampled_from(["entity", "cause", "other"]),
+    )
+)
+lost_verdicts = st.sampled_from(["solver", "search", "deadline"]).map(
+    lambda reason: verdict(**(LOST | {"invalid_reason": reason}))
+)
+steps = st.lists(judged_verdicts | lost_verdicts, min_size=1, max_size=12)
+
+
+def test_no_verdicts_have_no_numbers_and_no_lines() -> None:
+    assert step_metrics([]) == {}
+    assert console_lines(1, {}, []) == []
+
+
+def test_invalid_rollouts_alone_give_counts_and_times_but_no_mean() -> None:
+    lost = [verdict(**LOST), verdict(**(LOST | {"invalid_reason": "deadline", "attempts": [], "hop": 3}))]
+    numbers = step_metrics(lost)
+    assert numbers["rollouts"] == 2
+    assert numbers["invalid_share"] == 1
+    assert (numbers["invalid/solver"], numbers["invalid/deadline"]) == (1, 1)
+    allowed = ("invalid", "searches", "rollouts", "ended/", "calls_broken/", "seconds/")
+    assert [name for name in numbers if not name.startswith(allowed)] == []
+    assert [label for label, _ in console_lines(4, numbers, lost)] == ["Step 4", "Searches"]
+
+
+def test_an_invalid_rollout_is_in_no_mean() -> None:
+    numbers = step_metrics([verdict(score=1.0, format=0.8), verdict(**LOST, format=0.0, hop=2)])
+    assert (numbers["score_mean"], numbers["format_mean"], numbers["hop/2/count"]) == (1.0, 0.8, 1)
+    assert (numbers["invalid_share"], numbers["judged"]) == (0.5, 1)
+
+
+def test_every_part_of_the_reward_has_a_mean_and_score_and_format_a_maximum() -> None:
+    numbers = step_metrics([verdict(score=0.5, format=0.2, genes=0.0), verdict(score=1.0, format=0.6, bonus=0.1)])
+    assert (numbers["score_mean"], numbers["score_max"]) == (0.75, 1.0)
+    assert [numbers["format_mean"], numbers["format_max"]] == pytest.approx([0.4, 0.6])
+    assert (numbers["genes_mean"], numbers["bonus_mean"], numbers["format_think_mean"]) == (0.5, 0.1, 1.0)
+    parts = {"score", "format", "difficulty", "bonus", "citations", "genes", "reasoning", "novelty"}
+    formats = {f"format_{name}" for name in ("integrity", "think", "tool", "question", "answer")}
+    assert {name.removesuffix("_mean") for name in numbers if name.endswith("_mean") and "/" not in name} == (
+        parts | formats
+    )
+
+
+def test_questions_are_sorted_by_how_many_of_their_judged_attempts_are_right() -> None:
+    # 3 of 3 is always solved, though 3 of 5 would not be; a rollout without attempts is no judged question.
+    numbers = step_metrics([verdict(0), verdict(2), verdict(3, 3), verdict(0, 0, question="")])
+    assert numbers["judged"] == 3
+    assert [numbers[f"solved/{k}"] for k in range(6)] == pytest.approx([1 / 3, 0, 1 / 3, 1 / 3, 0, 0])
+    shares = [numbers[f"{name}_share"] for name in ("never_solved", "solvable", "always_solved")]
+    assert shares == pytest.approx([1 / 3] * 3)
+
+
+def test_hops_are_told_apart_with_the_deviation_that_the_advantage_divides_by() -> None:
+    numbers = step_metrics([verdict(hop=1, score=0.2), verdict(hop=1, score=0.6), verdict(hop=4, score=0.9)])
+    assert numbers["hop/1/count"] == 2
+    assert numbers["hop/1/score_mean"] == pytest.approx(0.4)
+    assert numbers["hop/1/score_std"] == pytest.approx(statistics.stdev([0.2, 0.6]))
+    assert (numbers["hop/4/count"], numbers["hop/4/score_mean"], numbers["hop/4/score_std"]) == (1, 0.9, 0)
+    assert not any(name.startswith("hop/2") for name in numbers)
+
+
+def test_a_rollout_without_a_question_is_no_duplicate_and_asks_for_nothing() -> None:
+    silent = verdict(0, 0, question="", novelty=0.0, reasoning_type="other")
+    numbers = step_metrics([silent, verdict(novelty=0.3, reasoning_type="cause"), verdict()])
+    assert (numbers["duplicates_share"], numbers["reasoning/cause"], numbers["reasoning/entity"]) == (0.5, 0.5, 0.5)
+    assert "reasoning/other" not in numbers
+    assert "duplicates_share" not in step_metrics([silent])
+
+
+def test_searches_broken_calls_and_endings_are_summed_over_all_rollouts() -> None:
+    ended = [attempt(ended="answered"), attempt("", ended="deadline")]
+    numbers = step_metrics(
+        [
+            verdict(attempts=ended, calls_broken={"json": 2}, searches_made=3.0, calls_failed=2.0),
+            verdict(**(LOST | {"attempts": [attempt(ended="solver")], "calls_broken": {"json": 1, "name": 1}})),
+        ]
+    )
+    assert (numbers["searches_made"], numbers["searches_failed"]) == (5, 3)
+    assert (numbers["calls_broken/json"], numbers["calls_broken/name"]) == (3, 1)
+    assert (numbers["ended/answered"], numbers["ended/deadline"], numbers["ended/solver"]) == (1, 1, 1)
+
+
+def test_times_are_those_of_attempts_and_of_the_questions_that_had_some() -> None:
+    tried = verdict(attempts=[attempt(seconds=s) for s in (1.0, 2.0, 9.0)], seconds_attempts=10.0)
+    verdicts = [tried, verdict(0, 0, seconds_attempts=0.0)]
+    numbers = step_metrics(verdicts)
+    assert attempt_seconds(verdicts) == [1.0, 2.0, 9.0]
+    assert (numbers["seconds/attempt/p50"], numbers["seconds/attempt/max"]) == (2.0, 9.0)
+    assert numbers["seconds/attempt/p95"] == pytest.approx(8.3)
+    assert numbers["seconds/question/p50"] == numbers["seconds/question/max"] == 10.0
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=1), st.floats(0, 1))
+def test_a_percentile_lies_among_its_values_and_grows_with_its_share(values: list[float], share: float) -> None:
+    found = percentile(values, share)
+    assert min(values) - 1e-6 <= found <= max(values) + 1e-6
+    assert found <= percentile(values, 1.0) + 1e-6
+    assert (percentile(values, 0.0), percentile(values, 1.0)) == (min(values), max(values))
+    assert percentile(values, 0.5) == pytest.approx(statistics.median(values))
+
+
+@given(steps)
+def test_shares_sum_to_one_counts_to_the_rollouts_and_every_number_is_finite(verdicts: list[Verdict]) -> None:
+    numbers = step_metrics(verdicts)
+    assert all(type(value) is float and math.isfinite(value) for value in numbers.values())
+    invalid = sum(value for name, value in numbers.items() if name.startswith("invalid/"))
+    hops = sum(value for name, value in numbers.items() if name.startswith("hop/") and name.endswith("/count"))
+    assert invalid + hops == numbers["rollouts"] == len(verdicts)
+    assert invalid == pytest.approx(numbers["invalid_share"] * len(verdicts))
+    if "judged" in numbers:
+        parts = [numbers[f"{name}_share"] for name in ("never_solved", "solvable", "always_solved")]
+        assert sum(parts) == pytest.approx(1)
+        assert sum(value for name, value in numbers.items() if name.startswith("solved/")) == pytest.approx(1)
+
+
+@given(steps.flatmap(lambda rows: st.tuples(st.just(rows), st.permutations(rows))))
+def test_the_order_of_verdicts_is_irrelevant(pair: tuple[list[Verdict], list[Verdict]]) -> None:
+    assert step_metrics(pair[0]) == pytest.approx(step_metrics(pair[1]))
+
+
+def test_the_console_shows_averages_maxima_and_the_best_question_that_was_tried() -> None:
+    verdicts = [
+        verdict(score=1.4, attempts=[]),  # the best, but nobody tried it
+        verdict(1, 2, score=1.3, question="Which?", answer="HER2", attempts=[attempt("ERBB2"), attempt("", "length")]),
+        verdict(score=0.1, format=0.4),
+        verdict(**(LOST | {"score": 9.0})),
+    ]
+    lines = dict(console_lines(12, step_metrics(verdicts), verdicts))
+    assert lines == {
+        "Step 12": "4 rollouts, lost: 1 by solver",
+        "Searches": "8 with papers, 4 failed",
+        "Format scores": "Avg 0.800, Max 1.000",
+        "Rewards": "Avg 0.933, Max 1.400",
+        "Questions": "3 judged; solved 100% sometimes, 0% never, 0% always",
+        "Proposer's question": "Which? (2-hop)",
+        "Proposer's answer": "HER2",
+        "Solver's answers": '["ERBB2", "(length)"], 1 of 2 right',
+    }
+
+
+@given(st.text(), st.integers(2, 40))
+def test_a_shortened_text_is_one_printable_line_of_limited_length(text: str, longest: int) -> None:
+    line = shorten(text, longest)
+    assert len(line) <= longest
+    assert line.isprintable()
+    assert shorten(line, longest) == line
+
+
+def test_a_text_that_is_cut_ends_with_a_sign_of_it() -> None:
+    assert shorten("one\n two\x1b[31m three", 100) == "one two [31m three"
+    assert shorten("abcdef", 5) == "abcd…"
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    server = status.serve_in_background(TrainerSettings(port=port), tmp_path_factory.mktemp("report"))
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=30) as client:
+        yield client
+    server.should_exit = True
+
+
+def series(page: httpx.Client) -> dict[tuple[str, ...], float]:
+    """All numbers of /metrics by name and label values, in the order of the labels' names."""
+    text = page.get("/metrics").text
+    found = [sample for metric in text_string_to_metric_families(text) for sample in metric.samples]
+    return {(sample.name, *sample.labels.values()): sample.value for sample in found}
+
+
+def test_every_number_of_a_step_is_on_the_page(page: httpx.Client) -> None:
+    numbers = step_metrics([verdict(calls_broken={"json": 1}, hop=3), verdict(**LOST)])
+    status.show_step(5, {"actor/grad_norm": 0.5}, numbers)
+    shown = series(page)
+    assert shown["drzero_trainer_step",] == 5
+    assert shown["drzero_trainer_metric", "actor/grad_norm"] == 0.5
+    assert shown["drzero_trainer_reward_part", "format_think"] == 1
+    assert shown["drzero_trainer_reward_part_max", "score"] == 0.5
+    assert shown["drzero_trainer_solved_share", "2"] == 1
+    assert shown["drzero_trainer_hop", "3", "score_mean"] == 0.5
+    assert shown["drzero_trainer_reasoning_share", "entity"] == 1
+    assert shown["drzero_trainer_seconds", "p50", "attempt"] == 3
+    assert shown["drzero_trainer_rollouts", "invalid_share"] == 0.5
+    gauges = {name for name, *_ in shown if name.startswith("drzero_trainer_")}
+    shared = {"hop", "reasoning_share", "reward_part", "reward_part_max", "rollouts", "seconds", "solved_share"}
+    assert {f"drzero_trainer_{name}" for name in shared} <= gauges
+    assert sum(name.removeprefix("drzero_trainer_") in shared for name, *_ in shown) == len(numbers)
+
+
+def test_numbers_of_an_earlier_step_are_gone_from_the_page(page: httpx.Client) -> None:
+    status.show_step(1, {"timing_s/testing": 3.0}, step_metrics([verdict(hop=4)]))
+    status.show_step(2, {"actor/loss": None}, step_metrics([verdict(hop=1)]))
+    shown = series(page)
+    assert ("drzero_trainer_hop", "4", "score_mean") not in shown
+    assert ("drzero_trainer_metric", "timing_s/testing") not in shown
+    assert math.isnan(shown["drzero_trainer_metric", "actor/loss"])
+
+
+def test_counters_add_what_each_step_brings(page: httpx.Client) -> None:
+    verdicts = [verdict(attempts=[attempt(seconds=2.0), attempt("", "deadline", 120.0)]), verdict(**LOST)]
+    before = series(page)
+    for step in (1, 2):
+        numbers = step_metrics(verdicts)
+        status.show_step(step, {"drzero/refused": 1.0}, numbers, attempt_seconds=attempt_seconds(verdicts[:1]))
+    after = series(page)
+    grown = {key: after[key] - before.get(key, 0) for key in after}
+    assert grown["drzero_trainer_refused_steps_total",] == 2
+    assert grown["drzero_trainer_invalid_rollouts_total", "solver"] == 2
+    assert grown["drzero_trainer_searches_total",] == 2 * 6
+    assert grown["drzero_trainer_searches_failed_total",] == 2 * 2
+    assert grown["drzero_trainer_attempts_total", "deadline"] == 2
+    assert grown["drzero_trainer_attempt_seconds_count",] == 4
+    assert grown["drzero_trainer_attempt_seconds_sum",] == 2 * 122
+
+
+def test_health_names_the_stage_the_step_the_alarms_and_what_is_waited_for(page: httpx.Client) -> None:
+    status.show_stage("train")
+    status.show_step(3, {}, {})
+    status.show_alarms([])
+    calm = {"status": "ok", "stage": "train", "step": 3, "alarms": [], "waiting": None}
+    assert page.get("/health").json() == calm
+    found = alarms({3: {"actor/entropy": 0.0}}, GuardSettings())
+    status.show_alarms(found)
+    assert page.get("/health").json() == calm | {"status": "warning", "alarms": [found[0].text]}
+    assert {name: series(page)["drzero_trainer_alarm", name] for name in NAMES} == {
+        name: float(name == "entropy") for name in NAMES
+    }
+    status.show_alarms([])
+    status.show_waiting("the solver is away")
+    reply = page.get("/health")
+    assert (reply.status_code, reply.json()) == (200, calm | {"status": "warning", "waiting": "the solver is away"})
+    assert series(page)["drzero_trainer_waiting",] == 1
+    status.show_waiting(None)
+    assert page.get("/health").json() == calm
+
+
+def test_only_the_stage_that_runs_is_marked(page: httpx.Client) -> None:
+    for stage in ("seeds", "train"):
+        status.show_stage(stage)
+    assert [key for key in series(page) if key[0] == "drzero_trainer_stage"] == [("drzero_trainer_stage", "train")]
