@@ -6,6 +6,7 @@ for how long. No script, no outside resource; all text of models and papers is e
 
 import io
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from typing import Any
 import structlog
 
 from services.trainer.paths import RunPaths
-from services.trainer.records import TRAIN, Verdict, mean_parts, read_lines
+from services.trainer.records import TRAIN, Verdict, mean_parts, read_lines, valid_only
+from services.trainer.step_metrics import step_metrics
 from shared.corpus import Corpus
 from shared.files import hash_file, publish, read_manifest, stale_reason
 from shared.settings import Settings
@@ -24,10 +26,15 @@ PARTS = (
     ("score", "reward 0.5·F + D"),
     ("format", "format score F"),
     ("difficulty", "difficulty D"),
+    ("format_integrity", "integrity gate"),
     ("format_think", "thinks first"),
     ("format_tool", "searches as asked"),
     ("format_question", "question stands"),
     ("format_answer", "answer in the evidence"),
+    ("citations", "cited papers were seen"),
+    ("genes", "gene symbols exist"),
+    ("reasoning", "asks for reasoning"),
+    ("novelty", "not asked before"),
     ("searches_made", "searches with papers"),
     ("attempts_made", "solver attempts"),
     ("attempts_correct", "right attempts"),
@@ -64,6 +71,7 @@ def render(settings: Settings, paths: RunPaths) -> str:
     import jinja2
 
     rollouts = list(read_lines(paths.training / "rollouts.jsonl"))
+    numbers = step_metrics(rollouts)
     metrics = list(read_lines(paths.training / "metrics.jsonl"))
     steps = by_step(rollouts)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
@@ -76,6 +84,13 @@ def render(settings: Settings, paths: RunPaths) -> str:
         papers=len(corpus),
         rollouts=len(rollouts),
         searched=sum(v["searches_made"] > 0 for v in rollouts),
+        invalid=len(rollouts) - len(valid_only(rollouts)),
+        advantage=settings.trainer.advantage.upper(),
+        variant=settings.trainer.reward.variant,
+        solved=family(numbers, "solved/"),
+        hops=[(hop, *hop_row(numbers, hop)) for hop in range(1, 5) if f"hop/{hop}/count" in numbers],
+        kinds=family(numbers, "reasoning/"),
+        endings=family(numbers, "ended/"),
         evaluation=json.loads((paths.evaluation / "evaluation.json").read_text(encoding="utf-8")),
         parts=PARTS,
         reward_plot=plot(sorted(steps), curves(steps), "step", ""),
@@ -86,6 +101,16 @@ def render(settings: Settings, paths: RunPaths) -> str:
         step_numbers=[m["step"] for m in metrics if "timing_s/step" in m],
         settings=settings.model_dump(mode="json"),
     )
+
+
+def family(numbers: dict[str, float], prefix: str) -> list[tuple[str, float]]:
+    """The members of one family of `step_metrics`, without its prefix."""
+    return [(name.removeprefix(prefix), value) for name, value in numbers.items() if name.startswith(prefix)]
+
+
+def hop_row(numbers: dict[str, float], hop: int) -> tuple[float, ...]:
+    """Number of valid rollouts of a hop, mean and standard deviation of their reward."""
+    return tuple(numbers[f"hop/{hop}/{name}"] for name in ("count", "score_mean", "score_std"))
 
 
 def by_step(verdicts: Sequence[Verdict]) -> dict[int, list[Verdict]]:
@@ -100,7 +125,7 @@ def by_step(verdicts: Sequence[Verdict]) -> dict[int, list[Verdict]]:
 def curves(steps: dict[int, list[Verdict]]) -> dict[str, list[float]]:
     """Mean reward, F and D per step."""
     means = [mean_parts(steps[step]) for step in sorted(steps)]
-    return {label: [m[name] for m in means] for name, label in PARTS[:3]}
+    return {label: [m.get(name, math.nan) for m in means] for name, label in PARTS[:3]}
 
 
 def learning_curves(metrics: Sequence[dict[str, Any]]) -> tuple[list[int], dict[str, list[float]]]:
@@ -112,7 +137,7 @@ def learning_curves(metrics: Sequence[dict[str, Any]]) -> tuple[list[int], dict[
 
 def best(rollouts: Sequence[Verdict]) -> list[Verdict]:
     """The most telling rollouts: those with a question and an answer, highest reward first."""
-    asked = [v for v in rollouts if v["question"] and v["answer"]]
+    asked = [v for v in valid_only(rollouts) if v["question"] and v["answer"]]
     return sorted(asked or rollouts, key=lambda v: (v["score"], v["searches_made"]), reverse=True)[:SAMPLES]
 
 

@@ -13,7 +13,8 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -38,6 +39,8 @@ from shared.transcript import search_calls, split_response
 
 SOURCE = re.compile(r"search_biomedical_([1-9])")
 PMID_SHOWN = re.compile(r"\bPMID (\d{1,9}):")
+
+Scores = list[dict[str, float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +82,7 @@ def compute_biomedical_challenger_score_batch(
     base_url: str,
     reward_rollout_n: int,
     **_: Any,
-) -> list[dict[str, float]]:
+) -> Scores:
     """Score many decoded responses against the solver `model_name` at `base_url`, `reward_rollout_n` attempts each.
 
     `extra_infos` hold at least `document` and `pmid`. The result has one dict per response, in order, with `score`,
@@ -94,7 +97,7 @@ def compute_biomedical_challenger_score_batch(
     trainer = base.trainer.model_copy(update={"reward": type(reward).model_validate(reward.model_dump())})
     settings = base.model_copy(update={"solver": solver, "trainer": trainer})
 
-    async def score_all() -> list[dict[str, float]]:
+    async def score_all() -> Scores:
         judging = make_judging(settings)
 
         async def one(source: str, text: str, info: dict[str, Any]) -> dict[str, float]:
@@ -108,7 +111,13 @@ def compute_biomedical_challenger_score_batch(
         finally:
             await judging.close()
 
-    return asyncio.run(score_all())
+    return in_own_loop(score_all())
+
+
+def in_own_loop(work: Coroutine[Any, Any, Scores]) -> Scores:
+    """The result of `work`, also where the caller has a running event loop, as a notebook does."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, work).result()
 
 
 async def score_proposal(
