@@ -117,6 +117,6 @@ def world(folder: Path, search: str, **values: str) -> Iterator[World]:
     tokenizer = chat_tokenizer()
     model = folder / "tokenizer"
     tokenizer.save_pretrained(model)
-    given = {"RETRIEVAL__URL": search, "TRAINER__ACTOR__MODEL": str(model), "TRAINER__PATIENCE_S": "0.3", **values}
+    given = {"RETRIEVAL__URL": search, "TRAINER__ACTOR__MODEL": str(model), **values}
     with settings_in_force(folder, **given) as settings:
         yield World(settings, verl_config(settings, str(model)), tokenizer)

@@ -82,7 +82,7 @@ def test_permuting_a_batch_permutes_its_advantages(
     estimator: str, rows: list[tuple[float, int, bool]], seed: int
 ) -> None:
     order = list(range(len(rows)))
-    random.Random(seed).shuffle(order)
+    random.Random(seed).shuffle(order)  # noqa: S311
     plain, shuffled = estimate(estimator, rows), estimate(estimator, [rows[i] for i in order])
     assert shuffled == pytest.approx([plain[i] for i in order], abs=1e-6)
 

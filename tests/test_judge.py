@@ -52,8 +52,8 @@ def test_too_few_judged_attempts_make_a_rollout_invalid_and_say_why(ended: str) 
 
 
 def test_a_rollout_that_lost_its_search_is_invalid() -> None:
-    assert judge(PROPOSAL, [], settings(), AROUND, lost="retrieval")["valid"] == 0
-    assert invalid_reason([], valid=False, lost="retrieval") == "retrieval"
+    assert judge(PROPOSAL, [], settings(), AROUND, lost="search")["valid"] == 0
+    assert invalid_reason([], valid=False, lost="search") == "search"
 
 
 def test_a_rollout_without_a_question_is_valid_and_earns_its_format_only() -> None:

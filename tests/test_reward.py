@@ -127,9 +127,9 @@ def test_garbage_from_the_solver_is_no_wrong_answer(settings: Settings) -> None:
 
 def test_a_rollout_that_lost_its_search_is_not_sent_to_the_solver(settings: Settings) -> None:
     ADDRESSES["solver"] = "http://127.0.0.1:9"
-    verdict = score(TURN, lost="retrieval")
+    verdict = score(TURN, lost="search")
     assert (verdict["valid"], verdict["attempts_made"]) == (0, 0)
-    assert written(settings)[0]["invalid_reason"] == "retrieval"
+    assert written(settings)[0]["invalid_reason"] == "search"
 
 
 def test_one_lost_attempt_leaves_the_others_their_say(settings: Settings) -> None:

@@ -41,6 +41,12 @@ def tool_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return make
 
 
+async def look_up(tool: Any, rollout: Any, *, room: int, note: str = "") -> Any:
+    """One search for "ampk"; the tool's connections are closed."""
+    async with tool._client():
+        return await tool.execute("", {"query_list": ["ampk"]}, agent_data=rollout, room=room, note=note)
+
+
 def test_the_model_reads_pmids_and_the_rollout_remembers_them(tool_at: Any) -> None:
     rollout = SimpleNamespace(searches=[])
 
@@ -49,8 +55,7 @@ def test_the_model_reads_pmids_and_the_rollout_remembers_them(tool_at: Any) -> N
 
     with serving(search) as address:
         tool = tool_at(address)
-        found = tool.execute("", {"query_list": ["ampk"]}, agent_data=rollout, room=200, note="Last turn.")
-        reply, reward, _ = asyncio.run(found)
+        reply, reward, _ = asyncio.run(look_up(tool, rollout, room=200, note="Last turn."))
     assert "PMID 31415" in reply.text
     assert reward == 0
     text = reply.text.removesuffix("\n\nLast turn.")
@@ -61,10 +66,15 @@ def test_the_model_reads_pmids_and_the_rollout_remembers_them(tool_at: Any) -> N
 def test_an_outage_is_raised_and_never_told_to_the_model(tool_at: Any) -> None:
     rollout = SimpleNamespace(searches=[])
     with pytest.raises(Unavailable, match="retrieval"):
-        asyncio.run(
-            tool_at("http://127.0.0.1:9").execute("", {"query_list": ["ampk"]}, agent_data=rollout, room=9, note="")
-        )
+        asyncio.run(look_up(tool_at("http://127.0.0.1:9"), rollout, room=9))
     assert rollout.searches == []
+
+
+def test_a_paper_that_did_not_fit_was_not_found(tool_at: Any) -> None:
+    rollout = SimpleNamespace(searches=[])
+    with serving(lambda _, body: search_reply(body["queries"], "31415")) as address:
+        asyncio.run(look_up(tool_at(address), rollout, room=0))
+    assert rollout.searches == [{"queries": ["ampk"], "pmids": [], "text": ""}]
 
 
 def test_verl_gets_the_well_formed_calls_of_a_turn_and_no_other() -> None:

@@ -84,8 +84,8 @@ class SearchAgentLoop(ToolAgentLoop):  # type: ignore[misc]
     async def _handle_processing_tools_state(self, agent_data: AgentData) -> AgentState:
         try:
             return await super()._handle_processing_tools_state(agent_data)
-        except ServiceError as error:
-            self._lost = error.service
+        except ServiceError:
+            self._lost = "search"
             return AgentState.TERMINATED
 
     async def _call_tool(

@@ -89,23 +89,24 @@ def compute_biomedical_challenger_score_batch(
     `valid` (0 where the solver or search could not be reached: mask such a sample, do not train on its score) and every
     part by name. Raises ValueError when the lists differ in length or a data source is unknown.
     """
+    # Before anything is asked of the solver, so that a wrong row costs no attempts.
+    samples = list(zip(map(hop_of, data_sources), solution_strs, extra_infos, strict=True))
     base = load_settings()
     reward = base.trainer.reward.model_copy(
         update={"attempts": reward_rollout_n, "min_attempts": min(base.trainer.reward.min_attempts, reward_rollout_n)}
     )
-    solver = base.solver.model_copy(update={"served_name": model_name, "url": base_url.removesuffix("/v1").rstrip("/")})
+    solver = base.solver.model_copy(update={"served_name": model_name, "url": base_url.rstrip("/").removesuffix("/v1")})
     trainer = base.trainer.model_copy(update={"reward": type(reward).model_validate(reward.model_dump())})
     settings = base.model_copy(update={"solver": solver, "trainer": trainer})
 
     async def score_all() -> Scores:
         judging = make_judging(settings)
 
-        async def one(source: str, text: str, info: dict[str, Any]) -> dict[str, float]:
+        async def one(hop: int, text: str, info: dict[str, Any]) -> dict[str, float]:
             trajectory = read_response(text)
-            proposal = read_proposal(trajectory, hop=hop_of(source), info=info)
+            proposal = read_proposal(trajectory, hop=hop, info=info)
             return (await score_proposal(proposal, trajectory, info, judging))[0]
 
-        samples = zip(data_sources, solution_strs, extra_infos, strict=True)
         try:
             return await asyncio.gather(*[one(*sample) for sample in samples])
         finally:

@@ -34,12 +34,13 @@ class SearchTool(BaseTool):  # type: ignore[misc]
     ) -> tuple[ToolResponse, float, dict[str, Any]]:
         """Search for `parameters["query_list"]`; raises shared.clients.ServiceError when the service stays away.
 
-        The text is cut to `kwargs["room"]` tokens; `kwargs["note"]` is written below it.
+        The text is cut to `kwargs["room"]` tokens; `kwargs["note"]` is written below it. A paper that did not fit was
+        not found.
         """
         queries: list[str] = parameters["query_list"]
         results = await self._client().search(queries, self._trainer.search_top_k)
         text = render_results(queries, results, self._tokens.cut, kwargs["room"])
-        found = [hit.paper.pmid for hits in results for hit in hits]
+        found = [hit.paper.pmid for hits in results for hit in hits if f"PMID {hit.paper.pmid}:" in text]
         kwargs["agent_data"].searches.append({"queries": queries, "pmids": found, "text": text})
         return ToolResponse(text="\n\n".join(filter(None, [text, kwargs["note"]]))), 0.0, {}
 

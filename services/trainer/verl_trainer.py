@@ -28,7 +28,7 @@ from services.trainer.advantage import flat_groups, grpo_advantages, hrpo_advant
 from services.trainer.outage import noting_outage
 from services.trainer.paths import run_paths
 from services.trainer.protocol import TRAINER
-from services.trainer.records import append_refusal
+from services.trainer.records import TRAIN, append_refusal, read_verdicts
 from services.trainer.reward import hop_of
 from shared.clients import Unavailable
 from shared.files import write_atomically
@@ -112,7 +112,10 @@ class CheckedBuffer:
 
     def _refuse(self, step: int, reasons: Counter[str], share: float, refused: int) -> None:
         trainer, paths = self._settings.trainer, run_paths(self._settings)
-        text = f"step {step} refused: {share:.0%} of its rollouts were lost ({dict(reasons)})"
+        told = Counter(v["invalid_reason"] for v in read_verdicts(paths.log, TRAIN).get(step, []) if not v["valid"])
+        told["failure"] += reasons["rollout"]
+        why = ", ".join(f"{count} by {reason}" for reason, count in (+told).items())
+        text = f"step {step} refused: {share:.0%} of its rollouts were lost ({why})"
         append_refusal(paths.log, step=step, text=text)
         if refused > trainer.max_refusals:
             with noting_outage():
@@ -141,8 +144,9 @@ def wait_for_health(settings: Settings, reason: str) -> None:
     give_up = time.monotonic() + patience
     probes = (("retrieval", f"{settings.retrieval.url}/ready"), ("solver", f"{settings.solver.url}/health"))
     for service, address in probes:
+        # Written before the question: a service that hangs takes its time to say nothing.
+        write_atomically(waiting, json.dumps({"text": f"{reason}; waiting for {service} at {address}"}))
         while not answers(address):
-            write_atomically(waiting, json.dumps({"text": f"{reason}; {service} does not answer at {address}"}))
             if time.monotonic() > give_up:
                 with noting_outage():
                     raise Unavailable(service, f"{address} is not healthy after {patience:.0f} s ({reason})")
