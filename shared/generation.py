@@ -1,21 +1,25 @@
 """Generation on transformers' continuous batching: the engine of the CPU solver and of the CPU rollouts.
 
 Token ids in, token ids and their log-probabilities out. All requests in flight are generated together, each with its
-own temperature, length and, optionally, a regular expression that its text must match. The log-probability of a token
-is that of the distribution it was drawn from: after temperature and, for guided requests, after the mask.
+own temperature, length and, optionally, a regular expression that its text must match and a seed. The log-probability
+of a token is that of the distribution it was drawn from: after temperature and, for guided requests, after the mask.
+
+The same seed, prompt, options and weights give the same tokens whatever else is generated meanwhile, as far as logits
+do not depend on the batch: in another batch their last bits may differ, which turns a draw that is nearly even. That
+is rare in float32; in bfloat16 one long text in a few differs.
+A request with a seed has no log-probabilities, because its tokens are chosen before the sampler sees them.
 
 GPUs do not use this file; SGLang has all of it. Heavy imports happen when an engine is made.
 """
 
 import asyncio
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
+from shared.token_masks import GrammarMasks, SeededDraws, attach, draw_key
 
 GREEDY_TEMPERATURE = 1e-4  # the sampler has no greedy mode per request; at this temperature it picks the maximum
 BLOCK_TOKENS = 32
@@ -27,7 +31,7 @@ class Generated:
     """New tokens of one request and their log-probabilities; `finish_reason` is "stop" or "length"."""
 
     token_ids: list[int]
-    log_probs: list[float]
+    log_probs: list[float]  # none for a request with a seed
     finish_reason: str
 
 
@@ -66,7 +70,13 @@ class GenerationEngine:
         return None if error is None else str(error)
 
     async def generate(
-        self, token_ids: list[int], *, max_new_tokens: int, temperature: float, regex: str | None = None
+        self,
+        token_ids: list[int],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        regex: str | None = None,
+        seed: int | None = None,
     ) -> Generated:
         """Generate until the end token or `max_new_tokens`; GenerationError when prompt and answer do not fit."""
         if max_new_tokens < 1 or len(token_ids) + max_new_tokens > self.context_tokens:
@@ -74,12 +84,17 @@ class GenerationEngine:
                 f"{len(token_ids)} prompt tokens and {max_new_tokens} new ones exceed "
                 f"the context of {self.context_tokens}"
             )
+        options: dict[str, Any] = {"temperature": max(float(temperature), GREEDY_TEMPERATURE)}
+        if regex is not None:
+            options[GrammarMasks.option] = regex
+        if seed is not None:
+            options[SeededDraws.option] = draw_key(seed, token_ids)
         await self._open.wait()
         self._running += 1
         self._idle.clear()
         request_id = f"request-{next(self._ids)}"
         try:
-            result = await self._submit(request_id, token_ids, max_new_tokens, temperature, regex)
+            result = await self._submit(request_id, token_ids, max_new_tokens, options)
         finally:
             self._masks.forget(request_id)
             self._running -= 1
@@ -88,7 +103,8 @@ class GenerationEngine:
         if result.error is not None:
             raise GenerationError(result.error)
         ended = bool(result.generated_tokens) and result.generated_tokens[-1] == self.tokenizer.eos_token_id
-        return Generated(list(result.generated_tokens), list(result.logprobs), "stop" if ended else "length")
+        log_probs = list(result.logprobs) if seed is None else []
+        return Generated(list(result.generated_tokens), log_probs, "stop" if ended else "length")
 
     async def replace_weights(self, load: Callable[[Any], None]) -> None:
         """Finish what is running, let `load(model)` change the weights, drop the KV cache, go on.
@@ -109,14 +125,9 @@ class GenerationEngine:
         """Stop the generation thread."""
         self._manager.stop(block=True, timeout=5)
 
-    async def _submit(
-        self, request_id: str, token_ids: list[int], max_new_tokens: int, temperature: float, regex: str | None
-    ) -> Any:
+    async def _submit(self, request_id: str, token_ids: list[int], max_new_tokens: int, options: dict[str, Any]) -> Any:
         done: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._manager.register_result_handler(request_id, lambda r: None if done.done() else done.set_result(r))
-        options: dict[str, Any] = {"temperature": max(float(temperature), GREEDY_TEMPERATURE)}
-        if regex is not None:
-            options["regex"] = regex
         self._manager.add_request(
             token_ids,
             request_id=request_id,
@@ -157,101 +168,10 @@ class GenerationEngine:
                 use_cuda_graph=False,
             ),
         )
-        self._masks.attach(manager.logit_processor)
+        attach(manager.logit_processor, self._masks)
+        attach(manager.logit_processor, SeededDraws())
         manager.start()
         return manager
-
-
-class GrammarMasks:
-    """Token masks of guided requests, as one more per-request processor of transformers' continuous batching."""
-
-    def __init__(self, tokenizer: Any, vocab_size: int) -> None:
-        self._tokenizer = tokenizer
-        self._vocab_size = vocab_size
-        self._compiler: Any = None  # made at the first guided request: a server without any needs no xgrammar
-        self._matchers: dict[str, tuple[Any, int]] = {}  # request → (matcher, tokens it has accepted)
-        self._bitmask: Any = None
-
-    def attach(self, processors: Any) -> None:
-        """Put the masks behind the temperature in transformers' list of logits processors."""
-        from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
-
-        masks = self
-
-        class MaskProcessor(ContinuousBatchingLogitsProcessor):  # type: ignore[misc]
-            supported_kwargs: dict[str, type] = {"regex": str}  # noqa: RUF012
-            ignored_kwargs: tuple[str, ...] = ()
-
-            def fill_defaults(self, int32_tensor: "torch.Tensor") -> None:
-                int32_tensor.fill_(0)
-
-            def prepare_tensor_args(self, requests_in_batch: list[Any]) -> "torch.Tensor":
-                return masks.rows(requests_in_batch)
-
-            def __call__(self, scores: "torch.Tensor", tensor_arg: "torch.Tensor") -> "torch.Tensor":
-                return masks.apply(scores, tensor_arg)
-
-        processors.logits_processor.append(MaskProcessor())
-        processors.tensors_required += 1
-        processors.do_processing = True
-        processors._retrieve_processors_kwargs()
-
-    def forget(self, request_id: str) -> None:
-        """Drop the state of a finished request."""
-        self._matchers.pop(request_id, None)
-
-    def rows(self, requests: Iterable[Any]) -> "torch.Tensor":
-        """Per query token of the batch: 0, or 1 + the row of the bitmask that applies to its logits."""
-        import torch
-
-        rows: list[int] = []
-        guided: list[Any] = []
-        for request in requests:
-            marks = [0] * request.query_length
-            regex = request.state.logit_processor_kwargs.get("regex")
-            if regex is not None and request.has_new_token:
-                guided.append(self._advance(request.state, regex))
-                marks[-1] = len(guided)
-            rows.extend(marks)
-        if guided:
-            from xgrammar import allocate_token_bitmask
-
-            self._bitmask = allocate_token_bitmask(len(guided), self._vocab_size)
-            for index, matcher in enumerate(guided):
-                matcher.fill_next_token_bitmask(self._bitmask, index)
-        return torch.tensor(rows, dtype=torch.int32)
-
-    def apply(self, scores: "torch.Tensor", marks: "torch.Tensor") -> "torch.Tensor":
-        """Set the logits of forbidden tokens to -inf. scores: [tokens, vocabulary], marks: [≥ tokens]."""
-        positions = marks[: scores.size(0)].nonzero().flatten().tolist()
-        if positions:
-            from xgrammar import apply_token_bitmask_inplace
-
-            for position in positions:
-                row = int(marks[position]) - 1
-                mask = self._bitmask[row : row + 1]
-                apply_token_bitmask_inplace(scores[position : position + 1], mask, backend="cpu")
-        return scores
-
-    def _grammar_compiler(self) -> Any:
-        if self._compiler is None:
-            from xgrammar import GrammarCompiler, TokenizerInfo
-
-            end = [self._tokenizer.eos_token_id]
-            info = TokenizerInfo.from_huggingface(self._tokenizer, vocab_size=self._vocab_size, stop_token_ids=end)
-            self._compiler = GrammarCompiler(info, max_threads=1)
-        return self._compiler
-
-    def _advance(self, state: Any, regex: str) -> Any:
-        matcher, accepted = self._matchers.get(state.request_id, (None, 0))
-        if matcher is None:
-            from xgrammar import GrammarMatcher
-
-            matcher = GrammarMatcher(self._grammar_compiler().compile_regex(regex))
-        for token in state.generated_tokens[accepted:]:
-            matcher.accept_token(token)
-        self._matchers[state.request_id] = (matcher, len(state.generated_tokens))
-        return matcher
 
 
 def load_engine(folder: str, *, dtype: str, threads: int, context_tokens: int, max_running: int) -> GenerationEngine:

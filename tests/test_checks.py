@@ -12,16 +12,15 @@ from tiny_model import tiny_tokenizer
 from services.trainer.checks import (
     arithmetic_problems,
     check_training,
-    position_problems,
-    render_probe,
     seed_file_problems,
-    template_problems,
     training_notes,
     uneven_hops,
 )
+from services.trainer.fitting import FittedSeed
 from services.trainer.overrides import verl_overrides
 from services.trainer.paths import RunPaths, run_paths
-from services.trainer.seeds import FittedSeed, seed_row, spread_hops, write_rows
+from services.trainer.seeds import seed_row, spread_hops, write_rows
+from services.trainer.templates import position_problems, render_probe, template_problems
 from shared.command import UsageError
 from shared.model_files import CHAT_TEMPLATE
 from shared.records import Seed

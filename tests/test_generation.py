@@ -1,4 +1,4 @@
-"""The CPU engine on a tiny random model: true log-probabilities, own settings per request, guidance, new weights."""
+"""The CPU engine on a tiny random model: true log-probabilities, settings and seeds per request, guidance, weights."""
 
 import asyncio
 import re
@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny_model import save_tiny_model, tiny_model, tiny_tokenizer
 
 from shared.generation import Generated, GenerationEngine, GenerationError, copy_weights, load_folder
+from shared.token_masks import draw, draw_key, gumbel_noise
 
 PROMPT = list(range(20, 60))
+LETTERS = r"<a>[a-f]{60,90}</a>"
 
 
 def with_engine(work: Callable[[GenerationEngine], Awaitable[Any]], *, max_running: int = 8) -> Any:
@@ -111,3 +115,102 @@ def test_more_requests_than_the_cache_holds_all_finish() -> None:
         return list(await asyncio.gather(*calls))
 
     assert len(with_engine(work, max_running=2)) == 24
+
+
+async def seeded(engine: GenerationEngine, seed: int, tokens: int = 40, **options: Any) -> list[int]:
+    """Token ids of a request with a seed, at temperature 1."""
+    return (await engine.generate(PROMPT, max_new_tokens=tokens, temperature=1, seed=seed, **options)).token_ids
+
+
+def test_requests_in_flight_together_each_keep_their_seed() -> None:
+    async def work(engine: GenerationEngine) -> list[list[list[int]]]:
+        forwards = await asyncio.gather(*[seeded(engine, seed) for seed in range(6)])
+        backwards = await asyncio.gather(*[seeded(engine, seed) for seed in reversed(range(6))])
+        return [forwards, backwards[::-1]]
+
+    once, again = with_engine(work)
+    assert once == again
+    assert len({tuple(tokens) for tokens in once}) == 6
+
+
+def test_a_seeded_request_draws_the_same_alone_and_in_company() -> None:
+    async def work(engine: GenerationEngine) -> list[list[int]]:
+        alone = await seeded(engine, 7, regex=LETTERS, tokens=120), await seeded(engine, 7)
+        company = [engine.generate(PROMPT[n:], max_new_tokens=60, temperature=1) for n in range(5)]
+        wanted = asyncio.gather(seeded(engine, 7, regex=LETTERS, tokens=120), seeded(engine, 7))
+        await asyncio.gather(*company)
+        return [*alone, *await wanted]
+
+    guided, free, guided_again, free_again = with_engine(work)
+    assert (guided, free) == (guided_again, free_again)
+    assert re.fullmatch(LETTERS, tiny_tokenizer().decode(guided, skip_special_tokens=True))
+
+
+def test_requests_that_lose_their_place_in_the_cache_go_on_as_if_they_had_not() -> None:
+    async def work(engine: GenerationEngine) -> list[list[int]]:
+        calls = [seeded(engine, seed, regex=LETTERS, tokens=120) for seed in range(5)]
+        return list(await asyncio.gather(*calls))
+
+    crowded, roomy = with_engine(work, max_running=2), with_engine(work, max_running=16)
+    assert crowded == roomy
+    for tokens in crowded:
+        assert re.fullmatch(LETTERS, tiny_tokenizer().decode(tokens, skip_special_tokens=True))
+
+
+def test_a_seed_leaves_the_shared_random_numbers_alone_and_gives_no_log_probabilities() -> None:
+    import torch
+
+    async def work(engine: GenerationEngine) -> Generated:
+        await engine.generate(PROMPT, max_new_tokens=1, temperature=1)  # the engine's start has a seed of its own
+        before = torch.initial_seed()
+        done = await engine.generate(PROMPT, max_new_tokens=30, temperature=1, seed=3)
+        assert torch.initial_seed() == before
+        return done
+
+    assert with_engine(work).log_probs == []
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_draws_over_many_seeds_follow_the_distribution_at_the_requests_temperature(temperature: float) -> None:
+    import torch
+
+    async def work(engine: GenerationEngine) -> list[int]:
+        calls = [engine.generate(PROMPT, max_new_tokens=1, temperature=temperature, seed=n) for n in range(500)]
+        return [done.token_ids[0] for done in await asyncio.gather(*calls)]
+
+    drawn = with_engine(work)
+    with torch.no_grad():
+        expected = (tiny_model()(torch.tensor([PROMPT])).logits[0, -1] / temperature).softmax(-1)
+    for token in expected.topk(5).indices.tolist():
+        assert drawn.count(token) / len(drawn) == pytest.approx(float(expected[token]), abs=0.06)
+
+
+def test_draws_follow_softmax_and_never_take_a_forbidden_token() -> None:
+    import torch
+
+    scores = torch.tensor([0.0, 1.0, -torch.inf, 2.0])
+    drawn = [draw(scores, draw_key(seed, [1]), 0) for seed in range(20_000)]
+    shares = [drawn.count(token) / len(drawn) for token in range(4)]
+    assert shares == pytest.approx(scores.softmax(-1).tolist(), abs=0.015)
+    assert shares[2] == 0
+
+
+@given(seed=st.integers(0, 2**63 - 1), place=st.integers(0, 2**20))
+def test_noise_is_finite_and_belongs_to_seed_prompt_and_place(seed: int, place: int) -> None:
+    noise = gumbel_noise(draw_key(seed, [1, 2]), place, 64)
+    assert noise.isfinite().all()
+    assert noise.equal(gumbel_noise(draw_key(seed, [1, 2]), place, 64))
+    assert not noise.equal(gumbel_noise(draw_key(seed, [1, 2]), place + 1, 64))
+    assert not noise.equal(gumbel_noise(draw_key(seed, [12]), place, 64))
+
+
+def test_a_cancelled_request_makes_room() -> None:
+    async def work(engine: GenerationEngine) -> tuple[int, int]:
+        task = asyncio.create_task(engine.generate(PROMPT, max_new_tokens=200, temperature=1, regex="x*"))
+        await asyncio.sleep(0)
+        running = engine.running
+        task.cancel()
+        await asyncio.wait([task])
+        return running, engine.running
+
+    assert with_engine(work) == (1, 0)

@@ -26,6 +26,7 @@ ANYWHERE = {
         "services/trainer/verl_trainer.py",
         "shared/generation.py",
         "shared/model_files.py",
+        "shared/token_masks.py",
     },
 }
 # Files that may import it while they are themselves imported.

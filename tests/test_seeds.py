@@ -16,17 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_model import tiny_tokenizer
 
-from services.trainer import seeds
+from services.trainer.fitting import FittedSeed, fit_prompts, load_tokenizer, longest_fit, prompt_lengths, prompt_of
 from services.trainer.paths import RunPaths
 from services.trainer.protocol import SEARCH_TOOL
 from services.trainer.seeds import (
-    FittedSeed,
     draw_seeds,
-    fit_prompts,
-    longest_fit,
     make_seeds,
-    prompt_lengths,
-    prompt_of,
     qualifying_rows,
     read_pmids,
     seed_row,
@@ -230,7 +225,7 @@ def test_over_long_prompts_are_an_error_where_no_document_would_fit(model: str) 
 
 def test_the_prompt_limit_is_measured_with_tool_schema_and_worked_examples(model: str) -> None:
     plain, shown = (prompt_of(LONG, fitting(worked_examples=examples)) for examples in (0, 2))
-    tokenizer = seeds.load_tokenizer(model)
+    tokenizer = load_tokenizer(model)
     with_tool, with_examples = prompt_lengths(model, [plain, shown])
     bare = tokenizer.apply_chat_template(plain, add_generation_prompt=True, return_dict=True)["input_ids"]
     assert with_tool > len(bare) + len(SEARCH_TOOL["function"]["description"])
@@ -241,17 +236,17 @@ def test_prompts_are_measured_as_verls_agent_loop_builds_them(model: str) -> Non
     builders = pytest.importorskip("verl.utils.tokenizer.continuous_token_wiring", reason="verl is the trainer's")
     schemas = pytest.importorskip("verl.tools.schemas")
     tool = schemas.OpenAIFunctionToolSchema(**SEARCH_TOOL).model_dump(exclude_unset=True, exclude_none=True)
-    builder = builders.create_continuous_token_builder(seeds.load_tokenizer(model), hf_model_type="qwen2")
+    builder = builders.create_continuous_token_builder(load_tokenizer(model), hf_model_type="qwen2")
     prompts = [prompt_of(LONG, fitting(worked_examples=examples)) for examples in (0, 1, 2)]
     assert prompt_lengths(model, prompts) == [len(builder.build_initial_tokens(p, tools=[tool])) for p in prompts]
 
 
 def test_a_model_without_tokenizer_or_template_is_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"expected a tokenizer at .*DRZERO_TRAINER__ACTOR__MODEL"):
-        seeds.load_tokenizer(str(tmp_path))
+        load_tokenizer(str(tmp_path))
     tiny_tokenizer().save_pretrained(tmp_path / "bare")
     with pytest.raises(UsageError, match=r"expected a chat template .*DRZERO_TRAINER__ACTOR__MODEL"):
-        seeds.load_tokenizer(str(tmp_path / "bare"))
+        load_tokenizer(str(tmp_path / "bare"))
 
 
 # --- rows

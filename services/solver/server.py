@@ -1,16 +1,18 @@
 """The CPU solver: transformers' own OpenAI handlers, completed where they lack what we need.
 
-What transformers brings: request validation, chat templates, replies. What is added here: sampling per request
-(its continuous batching takes the first request's temperature for all), a bounded queue (503 with Retry-After),
-/metrics, and /update_weights_from_disk and /get_model_info with SGLang's request and reply.
+What transformers brings: request validation, chat templates, replies. What is added here: temperature and seed per
+request (its continuous batching takes the first request's temperature for all, its handlers seed the whole process), an
+end to the work for clients that hang up, a bounded queue (503 with Retry-After), /metrics, and
+/update_weights_from_disk and /get_model_info with SGLang's request and reply.
 """
 
 import asyncio
 import socket
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,10 @@ WEIGHTS = Counter("drzero_solver_weight_updates_total", "Changes of the weights.
 RETRY_AFTER_S = 1
 # OpenAI fields that transformers' continuous batching would silently ignore, with the value that changes nothing.
 UNSERVED = {"n": 1, "best_of": 1, "stream": False, "stop": None, "top_p": 1, "logprobs": None, "echo": False}
+SEEDS = 2**63  # seeds lie below
+CLIENT_GONE = 499  # counted, never read
+# The seed of the request at hand: transformers' handlers have no place for it on the way to the engine.
+SEED: ContextVar[int | None] = ContextVar("seed", default=None)
 
 
 class WeightUpdate(BaseModel):
@@ -128,7 +134,7 @@ class EngineManager:
         temperature = 0.0 if gen_config.do_sample is False else (gen_config.temperature or 1.0)
         left = self._engine.context_tokens - len(prompt)
         budget = min(gen_config.max_new_tokens, left) if left > 0 else gen_config.max_new_tokens
-        done = await self._engine.generate(prompt, max_new_tokens=budget, temperature=temperature)
+        done = await self._engine.generate(prompt, max_new_tokens=budget, temperature=temperature, seed=SEED.get())
         TOKENS.labels("prompt").inc(len(prompt))
         TOKENS.labels("new").inc(len(done.token_ids))
         return processor.decode(done.token_ids, skip_special_tokens=True), len(prompt), done.token_ids
@@ -136,6 +142,35 @@ class EngineManager:
     def generate_streaming(self, *_: Any, **__: Any) -> Any:
         """Streaming is refused: no client of ours uses it."""
         raise GenerationError("streaming is not served by the CPU solver; send the request without `stream`")
+
+
+def objection(body: Mapping[str, Any]) -> str:
+    """Why a request is not served, or ""."""
+    for name, neutral in UNSERVED.items():
+        if body.get(name) not in (None, neutral):
+            return f"the CPU solver does not serve {name!r} other than {neutral!r}; it got {body[name]!r}"
+    seed = body.get("seed")
+    if seed is not None and not (type(seed) is int and 0 <= seed < SEEDS):  # True is an int too
+        return f"expected 'seed' to be an integer from 0 to 2**63 - 1, found {seed!r}; mend it or leave it out"
+    return ""
+
+
+async def unless_gone(request: Request, work: Awaitable[Response]) -> Response:
+    """The reply of `work`; when the client hangs up before, `work` is cancelled and the reply is for nobody."""
+    reply, gone = asyncio.ensure_future(work), asyncio.ensure_future(hang_up(request))
+    try:
+        await asyncio.wait((reply, gone), return_when=asyncio.FIRST_COMPLETED)
+        return reply.result() if reply.done() else Response(status_code=CLIENT_GONE)
+    finally:
+        reply.cancel()
+        gone.cancel()
+        await asyncio.gather(reply, gone, return_exceptions=True)
+
+
+async def hang_up(request: Request) -> None:
+    """Wait until the client of a request whose body is read closes the connection."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def create_app(solver: SolverSettings, folder: str) -> FastAPI:
@@ -166,14 +201,14 @@ def create_app(solver: SolverSettings, folder: str) -> FastAPI:
                 status_code=503,
                 headers={"Retry-After": str(RETRY_AFTER_S)},
             )
-        for name, neutral in UNSERVED.items():
-            if body.get(name) not in (None, neutral):
-                REQUESTS.labels(route, "400").inc()
-                message = f"the CPU solver does not serve {name!r} other than {neutral!r}; it got {body[name]!r}"
-                return JSONResponse({"error": {"message": message}}, status_code=400)
+        message = objection(body)
+        if message:
+            REQUESTS.labels(route, "400").inc()
+            return JSONResponse({"error": {"message": message}}, status_code=400)
+        SEED.set(body.pop("seed", None))
         status = "error"
         try:
-            response = await work(body, request_id)
+            response = await unless_gone(request, work(body, request_id))
             status = str(response.status_code)
             response.headers["x-request-id"] = request_id
             return response

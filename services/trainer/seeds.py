@@ -2,28 +2,23 @@
 
 Papers that qualify (length, MeSH, keywords, in no evaluation set, no double) are drawn with the run's seed: the first
 `eval_seeds` are held out, the next `seeds` train. Hops follow `hop_ratio` exactly, in all and in every step. A document
-is cut until its whole prompt, as the agent loop builds it, fits `prompt_tokens`: verl would cut off the prompt's start
-without a word. What was left out is counted by reason. Same corpus, settings and seed: the same bytes.
+is cut until its whole prompt fits (`fitting.py`). What was left out is counted by reason. Same corpus, settings and
+seed: the same bytes.
 """
 
 import re
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
-from functools import cache, partial
-from multiprocessing import get_context
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import structlog
 
+from services.trainer.fitting import FittedSeed, fit_in_child, prompt_of
 from services.trainer.paths import RunPaths
-from services.trainer.protocol import AGENT, SEARCH_TOOL, Message, prompt_hash, proposer_messages
-from services.trainer.tokens import Tokens
-from services.trainer.verl_main import die_with_parent
+from services.trainer.protocol import AGENT, SEARCH_TOOL, prompt_hash
 from shared.command import UsageError
 from shared.corpus import Corpus
 from shared.files import hash_json, publish, stale_reason
@@ -32,7 +27,6 @@ from shared.records import Paper, Seed
 from shared.settings import Settings, TrainerSettings
 
 SOURCE = "search_biomedical_"  # followed by the number of hops; verl reports per data_source
-FITTED_AT_ONCE = 1024
 PMID = re.compile(r"[1-9][0-9]{0,9}")
 
 
@@ -43,15 +37,6 @@ class Draw:
     train: list[Seed]
     held_out: list[Seed]
     left_out: dict[str, int]
-
-
-@dataclass(frozen=True, slots=True)
-class FittedSeed:
-    """A seed whose prompt fits, the length of that prompt, and whether its document was cut for it."""
-
-    seed: Seed
-    prompt_tokens: int
-    shortened: bool = False
 
 
 def make_seeds(settings: Settings, paths: RunPaths, log: structlog.stdlib.BoundLogger) -> None:
@@ -235,89 +220,6 @@ def _interleaved(counts: Sequence[int]) -> list[int]:
     """Hop numbers in an even order: the k-th of n equal ones has its place at (k + ½)/n."""
     places = [((k + 0.5) / n, hop) for hop, n in enumerate(counts, start=1) for k in range(n)]
     return [hop for _, hop in sorted(places)]
-
-
-# --- prompts that fit
-
-
-def one_child() -> ProcessPoolExecutor:
-    """A process for work that loads transformers, which would otherwise stay in memory for the whole run."""
-    return ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=die_with_parent)
-
-
-@cache
-def load_tokenizer(model: str) -> Any:
-    """The tokenizer as verl loads it, with a chat template. For a child process; raises UsageError."""
-    from transformers import AutoTokenizer
-
-    where = "check DRZERO_TRAINER__ACTOR__MODEL and DRZERO_SOLVER__MODEL"
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"expected a tokenizer at {model}, found none ({str(error).splitlines()[0]}); {where}"
-        ) from error
-    if not tokenizer.chat_template:
-        raise UsageError(f"expected a chat template with the tokenizer of {model}, found none; {where}")
-    return tokenizer
-
-
-def prompt_lengths(model: str, prompts: list[list[Message]]) -> list[int]:
-    """Tokens of prompts as verl's agent loop builds them: chat template, tool schema, opening of the reply."""
-    encoded = load_tokenizer(model).apply_chat_template(
-        prompts, tools=[SEARCH_TOOL], add_generation_prompt=True, tokenize=True, return_dict=True
-    )
-    return [len(ids) for ids in encoded["input_ids"]]
-
-
-def prompt_of(seed: Seed, trainer: TrainerSettings) -> list[Message]:
-    """The proposer's prompt for a seed."""
-    return proposer_messages(seed, trainer.prompts, trainer.worked_examples)
-
-
-def fit_in_child(seeds: list[Seed], trainer: TrainerSettings, model: str) -> list[FittedSeed]:
-    """`fit_prompts` in a child process."""
-    batches = [seeds[start : start + FITTED_AT_ONCE] for start in range(0, len(seeds), FITTED_AT_ONCE)]
-    with one_child() as child:
-        fitted = child.map(partial(fit_prompts, trainer=trainer, model=model), batches)
-        return [one for batch in fitted for one in batch]
-
-
-def fit_prompts(seeds: list[Seed], *, trainer: TrainerSettings, model: str) -> list[FittedSeed]:
-    """Each seed with as much of its document as fits. For a child process."""
-    load_tokenizer(model)  # says what is wrong with a model before anything else meets it
-    tokens = Tokens(model)
-    cut = [replace(seed, document=tokens.cut(seed.document, trainer.document_tokens)) for seed in seeds]
-    lengths = prompt_lengths(model, [prompt_of(seed, trainer) for seed in cut])
-    return [
-        FittedSeed(seed, length) if length <= trainer.prompt_tokens else shorten(seed, trainer, model)
-        for seed, length in zip(cut, lengths, strict=True)
-    ]
-
-
-def shorten(seed: Seed, trainer: TrainerSettings, model: str) -> FittedSeed:
-    """The seed with the longest beginning of its document that fits; raises UsageError when nothing of it does."""
-    tokens = Tokens(model)
-
-    def beginning(size: int) -> Seed:
-        return replace(seed, document=tokens.cut(seed.document, size))
-
-    def length(size: int) -> int:
-        return prompt_lengths(model, [prompt_of(beginning(size), trainer)])[0]
-
-    size = longest_fit(tokens.count(seed.document), lambda size: length(size) <= trainer.prompt_tokens)
-    if size < 1:
-        raise UsageError(
-            f"expected prompts of at most DRZERO_TRAINER__PROMPT_TOKENS = {trainer.prompt_tokens} tokens, but the one "
-            f"for PMID {seed.pmid} with {seed.hop} hops has {length(0)} without any document; raise that setting or "
-            "lower DRZERO_TRAINER__WORKED_EXAMPLES"
-        )
-    return FittedSeed(beginning(size), length(size), shortened=True)
-
-
-def longest_fit(most: int, fits: Callable[[int], bool]) -> int:
-    """The largest size in 0 … `most` that fits, by halving; −1 when not even 0 does."""
-    return bisect_left(range(most + 1), True, key=lambda size: not fits(size)) - 1
 
 
 # --- rows
