@@ -32,6 +32,7 @@ LONGEST_WAIT_S = 5.0
 CONNECT_S = 5.0
 KEEP_ALIVE_S = 4.0  # uvicorn hangs up on idle connections after 5 s; whoever lets go first must be us
 RETRIED_STATUS = frozenset({429, 503})
+FINISHED = ("stop", "length", "tool_calls")
 JSON = {"Content-Type": "application/json"}
 
 
@@ -209,7 +210,7 @@ class SolverClient(ServiceClient):
             choice, usage = reply["choices"][0], reply["usage"]
             return Completion(
                 text=_text(choice["message"]["content"] or ""),
-                finish_reason=_text(choice["finish_reason"]),
+                finish_reason=_finished(choice["finish_reason"]),
                 prompt_tokens=int(usage["prompt_tokens"]),
                 new_tokens=int(usage["completion_tokens"]),
             )
@@ -240,6 +241,13 @@ def paper_of(record: dict[str, Any]) -> Paper:
         mesh_terms=tuple(record["mesh_terms"]),
         doi=_text(record["doi"]),
     )
+
+
+def _finished(reason: Any) -> str:
+    """The finish reason of a whole reply; ValueError for "abort" and the like, which say that the server gave up."""
+    if reason not in FINISHED:
+        raise ValueError(f"a finished reply: finish_reason is {reason!r}, expected one of {', '.join(FINISHED)}")
+    return str(reason)
 
 
 def _text(value: object) -> str:

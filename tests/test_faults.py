@@ -1,7 +1,7 @@
 """A service that is down, slow, busy or talks nonsense never changes the reward of any sample: judged as ever, or lost.
 
-One live server plays solver and search for all batches, which run at once. The fake solver writes into each query what
-it belongs to, so that a fault hits the attempts at chosen questions of one batch and nobody else.
+One live server plays solver and search for all batches. A request to the solver tells its attempt, and the fake solver
+searches for just that, so that a fault hits the attempts at chosen questions of one batch and nobody else.
 """
 
 import asyncio
@@ -39,8 +39,8 @@ from services.trainer.paths import run_paths
 from shared.settings import Settings, build_settings
 
 CHAT = "/v1/chat/completions"
-ATTEMPTS = 4
-DEADLINE_S = 8.0
+ATTEMPTS = 3
+DEADLINE_S = 6.0
 DOCUMENT = "Metformin activates AMPK. Loss of function of the transporter; factor VIII; B12; the gene BRCA1."
 
 Scores = list[dict[str, float]]
@@ -75,26 +75,26 @@ class Strike:
 
 
 SAMPLES = [
-    Sample("Which kinase does metformin activate?", "AMPK", right=4),
+    Sample("Which kinase does metformin activate?", "AMPK", right=3),
     Sample("Why do carriers of the variant bleed?", "factor VIII", right=1, hit=True),
     Sample("Which drug inhibits the product of this fusion?", "imatinib (PMID 7)", 2, searching=True, hop=2, hit=True),
     Sample("Through which receptor does it signal?", "IL6R", right=0, hop=2),
     Sample("How does the transporter fail?", "loss of function", 1, searching=True, hop=3, hit=True),
-    Sample("Which gene, BRCA1 or TP53, is lost?", "BRCA1", right=3, hit=True),
+    Sample("Which gene, BRCA1 or TP53, is lost?", "BRCA1", right=2, hit=True),
     Sample(""),
-    Sample("Which vitamin is the cofactor?", "B12", right=3, searching=True, hop=2),
+    Sample("Which vitamin is the cofactor?", "B12", right=2, searching=True, hop=2),
 ]
 TARGETS = ["solver", "search"]
-LASTING = {
+ABORT = Fault(body=json.dumps(chat_reply("<answer>x</answer>", "abort")[1]).encode())
+AT_ONCE = {"garbage": GARBAGE, "wrong shape": WRONG_SHAPE, "500": CRASH, "abort": ABORT}
+UNTIL_THE_DEADLINE = {
     "hang": HANG,
-    "garbage": GARBAGE,
-    "wrong shape": WRONG_SHAPE,
     "half a body": HALF_A_BODY,
     "hang-up": HANGS_UP,
-    "500": CRASH,
     "503 for ever": LOADING,
     "429 for ever": BUSY,
 }
+LASTING = AT_ONCE | UNTIL_THE_DEADLINE
 PASSING = {"429 once": BUSY, "503 once": LOADING, "hang-up once": HANGS_UP, "half a body once": HALF_A_BODY}
 STRIKES = {
     f"{target} {name}": Strike(target, fault, once=name in PASSING)
@@ -102,6 +102,8 @@ STRIKES = {
     for name, fault in (LASTING | PASSING).items()
 }
 LASTING_STRIKES = {name: strike for name, strike in STRIKES.items() if not strike.once}
+# Of each kind of fault one: silence, a useless reply, a refusal to work now.
+AT_EVERY_REQUEST = [name for name in LASTING_STRIKES if STRIKES[name].fault in (HANG, GARBAGE, LOADING)]
 
 Plan = Callable[[str, Sample], Strike | None]
 
@@ -143,7 +145,9 @@ def solve(sample: Sample, attempt: str, seed: int, *, searched: bool) -> Reply:
 
 
 @contextmanager
-def judged_by(folder: Path, solver: str, search: str, deadline_s: float = DEADLINE_S) -> Iterator[Settings]:
+def judged_by(
+    folder: Path, solver: str, search: str, *, deadline_s: float = DEADLINE_S, attempts: int = ATTEMPTS
+) -> Iterator[Settings]:
     """Settings with these services for the reward."""
     tiny_tokenizer().save_pretrained(folder / "model")
     made = build_settings(
@@ -154,8 +158,9 @@ def judged_by(folder: Path, solver: str, search: str, deadline_s: float = DEADLI
             "DRZERO_SOLVER__URL": solver,
             "DRZERO_RETRIEVAL__URL": search,
             "DRZERO_TRAINER__REWARD__VARIANT": "biomedical",
-            "DRZERO_TRAINER__REWARD__ATTEMPTS": str(ATTEMPTS),
+            "DRZERO_TRAINER__REWARD__ATTEMPTS": str(attempts),
             "DRZERO_TRAINER__REWARD__ATTEMPT_DEADLINE_S": str(deadline_s),
+            "DRZERO_TRAINER__REWARD__CONCURRENCY": "256",  # nobody waits for a place
         }
     )
     with pytest.MonkeyPatch.context() as patch:
@@ -196,15 +201,18 @@ def plan_of_batches(model: str, sample: Sample) -> Strike | None:
 @pytest.fixture(scope="module")
 def batches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Scores]]:
     """The scores of the whole batch by the model's name."""
-    models = ["faultless", *[f"some {name}" for name in STRIKES], *[f"all {name}" for name in LASTING_STRIKES]]
+    models = ["faultless", *[f"some {name}" for name in STRIKES], *[f"all {name}" for name in AT_EVERY_REQUEST]]
+    slow = [model for model in models if any(model.endswith(name) for name in UNTIL_THE_DEADLINE)]
     with (
         serving(fake_services(SAMPLES, plan_of_batches)) as url,
         judged_by(tmp_path_factory.mktemp("batches"), url, url),
-        ThreadPoolExecutor(len(models) + 1) as threads,
+        ThreadPoolExecutor(len(slow) + 1) as threads,
     ):
-        running = {model: threads.submit(score, SAMPLES, model=model, solver=url) for model in models}
-        running["refused"] = threads.submit(score, SAMPLES, model="refused", solver=nobody())
-        yield {model: scores.result() for model, scores in running.items()}
+        # One after the other, so that a busy machine makes none of them too slow; the others only wait.
+        scores = {model: score(SAMPLES, model=model, solver=url) for model in models if model not in slow}
+        waiting = {model: threads.submit(score, SAMPLES, model=model, solver=url) for model in slow}
+        waiting["refused"] = threads.submit(score, SAMPLES, model="refused", solver=nobody())
+        yield scores | {model: done.result() for model, done in waiting.items()}
 
 
 def expect_lost(scores: Scores, faultless: Scores, lost: Sequence[bool]) -> None:
@@ -238,7 +246,7 @@ def test_a_fault_that_lasts_loses_the_samples_it_hits_and_changes_no_other(
     expect_lost(batches[f"some {name}"], batches["faultless"], lost)
 
 
-@pytest.mark.parametrize("name", LASTING_STRIKES)
+@pytest.mark.parametrize("name", AT_EVERY_REQUEST)
 def test_a_fault_at_every_request_loses_every_sample_that_needs_the_service(
     batches: dict[str, Scores], name: str
 ) -> None:
@@ -256,7 +264,7 @@ def test_a_search_that_is_down_loses_the_samples_whose_attempts_search(
 ) -> None:
     with (
         serving(fake_services(SAMPLES, lambda _, __: None)) as solver,
-        judged_by(tmp_path, solver, nobody(), deadline_s=2.0),
+        judged_by(tmp_path, solver, nobody(), deadline_s=3.0),
     ):
         scores = score(SAMPLES, model="faultless", solver=solver)
     expect_lost(scores, batches["faultless"], [reaches(sample, "search") for sample in SAMPLES])
@@ -264,9 +272,7 @@ def test_a_search_that_is_down_loses_the_samples_whose_attempts_search(
 
 @pytest.mark.parametrize("name", LASTING_STRIKES)
 @pytest.mark.parametrize("rule", ["batch", "zero"])
-def test_lost_samples_change_no_advantage_of_the_judged_ones(
-    batches: dict[str, Scores], name: str, rule: str
-) -> None:
+def test_lost_samples_change_no_advantage_of_the_judged_ones(batches: dict[str, Scores], name: str, rule: str) -> None:
     mixed = batches[f"some {name}"]
     valid = [bool(one["valid"]) for one in mixed]
     kept = [row for row, ok in enumerate(valid) if ok]
@@ -302,7 +308,8 @@ def test_the_verdict_of_a_lost_rollout_says_what_was_lost(tmp_path: Path) -> Non
 
     with (
         serving(fake_services(samples, lambda _, sample: strikes[sample.question])) as url,
-        judged_by(tmp_path, url, url, deadline_s=3.0) as settings,
+        # Many, because a try that begins just before the deadline is cut off by it, whatever the fault.
+        judged_by(tmp_path, url, url, deadline_s=4.0, attempts=7) as settings,
     ):
         asyncio.run(stream())
     lines = [line for path in run_paths(settings).log.iterdir() for line in path.read_text("utf-8").splitlines()]

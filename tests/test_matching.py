@@ -308,3 +308,7 @@ def test_a_long_repeated_answer_is_judged_quickly(piece: str) -> None:
     start = time.monotonic()
     synonymous(text, f"{text}x")
     assert time.monotonic() - start < 5
+
+
+def test_citations_within_citations_leave_nothing() -> None:
+    assert strip_citations("PMID PMID 1 2") == ""

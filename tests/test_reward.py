@@ -184,6 +184,14 @@ def test_the_batch_entry_reads_turns_and_results_of_a_decoded_response(settings:
     assert (proposal.searches, proposal.failed_calls, proposal.seen) == (1, 0, ("1", "7"))
 
 
+def test_the_same_search_again_is_no_further_search() -> None:
+    def found(*queries: str) -> int:
+        searches = [{"queries": [query], "pmids": ["7"], "text": "PMID 7: x"} for query in queries]
+        return reward.read_proposal({"turns": [CALL] * len(queries), "searches": searches}, hop=3, info=INFO).searches
+
+    assert [found("metformin"), found("metformin", "Metformin."), found("metformin", "AMPK")] == [1, 1, 2]
+
+
 def test_attempt_seeds_are_the_same_for_the_same_question_and_differ_otherwise() -> None:
     assert reward.attempt_seeds(1, 2, "q", 3) == reward.attempt_seeds(1, 2, "q", 3)
     assert reward.attempt_seeds(1, 2, "q", 3) != reward.attempt_seeds(1, 3, "q", 3)

@@ -44,10 +44,10 @@ def cited_pmids(text: str) -> tuple[str, ...]:
 
 def strip_citations(text: str) -> str:
     """The text without its citations and the brackets, commas and spaces that they leave; unchanged without any."""
-    if CITATION.search(text) is None:
-        return text
-    bare = EMPTY_BRACKETS.sub(" ", CITATIONS.sub(" ", text))
-    return LEFT_BEHIND.sub("", re.sub(r"\s+", " ", bare)).strip(" ,;:")
+    while CITATION.search(text) is not None:  # what is left may close up to one more
+        bare = EMPTY_BRACKETS.sub(" ", CITATIONS.sub(" ", text))
+        text = LEFT_BEHIND.sub("", re.sub(r"\s+", " ", bare)).strip(" ,;:")
+    return text
 
 
 def exact_match(answer: str, gold: str) -> bool:

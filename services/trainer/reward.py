@@ -24,6 +24,7 @@ from services.trainer.attempts import Attempts
 from services.trainer.biomedical import reasoning_type
 from services.trainer.gate import form_at
 from services.trainer.judge import Surroundings, invalid_reason, judge, worth_attempting
+from services.trainer.matching import normalise
 from services.trainer.paths import RunPaths, run_paths
 from services.trainer.recent import RecentQuestions
 from services.trainer.records import TRAIN
@@ -176,7 +177,8 @@ def read_proposal(trajectory: dict[str, Any], *, hop: int, info: dict[str, Any])
     """The proposal in a trajectory of `agent_loop.py` or of `read_response`, with the seed of `info`."""
     calls = [call for turn in trajectory["turns"] for call in search_calls(turn)]
     searches = trajectory["searches"]
-    fruitful = [search for search in searches if search["pmids"]]
+    # The same search twice finds nothing further: it counts once.
+    fruitful = {frozenset(map(normalise, search["queries"])) for search in searches if search["pmids"]}
     return Proposal(
         turns=tuple(trajectory["turns"]),
         hop=hop,
