@@ -79,7 +79,7 @@ def environ(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def finished(environ: dict[str, str]) -> Path:
     """The folder of a run whose trainer, solver and search service were each killed once."""
     first = Loop(environ)
-    first.wait_for(lambda line: event(line) == "step 1")
+    first.wait_for(lambda line: event(line) == "step finished")
     kill(environ, "services.trainer")
     assert first.end() == 128 + signal.SIGKILL
     assert any("the same command again goes on where it stopped" in line for line in first.lines)
@@ -99,7 +99,8 @@ def test_every_step_is_there_once(finished: Path) -> None:
     assert [m["step"] for m in metrics if "actor/grad_norm" in m] == [1, 2, 3]
     rollouts = list(read_lines(finished / "training" / "rollouts.jsonl"))
     assert sorted({r["step"] for r in rollouts}) == [1, 2, 3]
-    assert read_manifest(finished / "training", verify=True).counts == {"steps": 3, "rollouts": 24, "held_out": 8}
+    counts = {"steps": 3, "rollouts": 24, "invalid": 0, "refused_batches": 0, "held_out": 8}
+    assert read_manifest(finished / "training", verify=True).counts == counts
 
 
 def test_the_model_itself_searched_and_received_papers(finished: Path) -> None:
@@ -110,7 +111,7 @@ def test_the_model_itself_searched_and_received_papers(finished: Path) -> None:
         written = [q for turn in rollout["turns"] for call in search_calls(turn) for q in call.queries]
         for search in rollout["searches"]:
             assert set(search["queries"]) <= set(written)
-            assert search["pmids"]
+        assert any(search["pmids"] for search in rollout["searches"])
 
 
 def test_the_weights_really_changed(finished: Path) -> None:
@@ -127,6 +128,7 @@ def test_the_report_shows_questions_curves_and_times(finished: Path) -> None:
         "Curves",
         "<svg",
         "Questions",
+        "right attempts",
         "PMID 99",
         "What ran for how long",
         "rollouts, searches",
