@@ -6,11 +6,16 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import structlog
+from hypothesis import given
+from hypothesis import strategies as st
 from retrieval_world import PAPERS, environment, needs_minilm, publish_corpus, settings_for
 
 from services.retrieval.build import build
+from services.retrieval.index import FlatIndex
+from services.retrieval.known import KnownVectors, digests
 from services.retrieval.search import Searcher
 from shared.files import ArtifactError, read_manifest
 
@@ -42,6 +47,38 @@ def test_a_second_build_keeps_the_index_and_a_changed_setting_or_corpus_makes_it
     publish_corpus(tmp_path, PAPERS[:-1])
     assert build(settings, LOG)
     assert read_manifest(tmp_path / "index").rows == len(PAPERS) - 1
+
+
+def test_only_new_texts_are_embedded_and_the_index_is_the_same_as_one_made_afresh(tmp_path: Path) -> None:
+    publish_corpus(tmp_path, PAPERS[:-2])
+    build(settings_for(tmp_path), LOG)
+    changed = [PAPERS[-1], *PAPERS[1:], replace(PAPERS[0], title="Another title altogether")]
+    publish_corpus(tmp_path, changed)
+    build(settings_for(tmp_path), LOG)
+    counts = read_manifest(tmp_path / "index").counts
+    assert (counts["embedded"], counts["reused"]) == (4, len(changed) - 4)  # the last two papers, one of them twice, and the new title
+    fresh = tmp_path / "fresh"
+    fresh.mkdir()
+    publish_corpus(fresh, changed)
+    build(settings_for(fresh), LOG)
+    everything = np.arange(len(changed))
+    mixed, made = (FlatIndex.read(folder / "index").vectors(everything) for folder in (tmp_path, fresh))
+    np.testing.assert_allclose(mixed, made, atol=1e-5)
+
+
+def test_vectors_of_another_encoder_are_not_taken_over(tmp_path: Path) -> None:
+    publish_corpus(tmp_path)
+    build(settings_for(tmp_path), LOG)
+    build(settings_for(tmp_path, RETRIEVAL__ENCODER__MAX_TOKENS="16"), LOG)
+    assert read_manifest(tmp_path / "index").counts["reused"] == 0
+
+
+@given(st.lists(st.text(max_size=8)), st.lists(st.text(max_size=8)))
+def test_an_earlier_row_is_found_by_its_text_and_by_nothing_else(earlier: list[str], texts: list[str]) -> None:
+    known = KnownVectors(None, digests(earlier))
+    for text, row in zip(texts, known.rows(digests(texts)), strict=True):
+        assert (row >= 0) == (text in earlier)
+        assert row < 0 or earlier[row] == text
 
 
 def test_a_second_command_says_that_the_index_is_kept(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from services.retrieval.encoder import Vectors
 from shared.files import ArtifactError
@@ -57,6 +58,11 @@ class FlatIndex:
     def add(self, vectors: Vectors) -> None:
         """Append vectors, shape [n, dim]."""
         self._index.add(np.ascontiguousarray(vectors))
+
+    def vectors(self, rows: NDArray[np.int64]) -> Vectors:
+        """The vectors of some rows, shape [n, dim]."""
+        found: Vectors = self._index.reconstruct_batch(np.ascontiguousarray(rows))
+        return found
 
     def search(self, vectors: Vectors, top_k: int) -> list[Rows]:
         """The best min(top_k, len) rows of each vector, best first."""
