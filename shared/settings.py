@@ -210,9 +210,7 @@ class GuardSettings(Section):
     """When a training that goes wrong is stopped, with its last good checkpoint kept."""
 
     steps: Count = Field(3, description="Bad steps in a row after which training stops; the first one warns.")
-    min_entropy: float = Field(
-        0.02, ge=0, description="Mean token entropy, in nats, of a collapsed policy."
-    )
+    min_entropy: float = Field(0.02, ge=0, description="Mean token entropy, in nats, of a collapsed policy.")
     max_length_growth: float = Field(3.0, gt=1, description="Mean response length over that of the first steps.")
     min_reward_share: float = Field(
         0.25, ge=0, lt=1, description="Mean reward over the best mean so far, below which the reward has collapsed."

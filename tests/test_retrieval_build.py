@@ -56,7 +56,8 @@ def test_only_new_texts_are_embedded_and_the_index_is_the_same_as_one_made_afres
     publish_corpus(tmp_path, changed)
     build(settings_for(tmp_path), LOG)
     counts = read_manifest(tmp_path / "index").counts
-    assert (counts["embedded"], counts["reused"]) == (4, len(changed) - 4)  # the last two papers, one of them twice, and the new title
+    # New are the last two papers, one of them twice, and the changed title.
+    assert (counts["embedded"], counts["reused"]) == (4, len(changed) - 4)
     fresh = tmp_path / "fresh"
     fresh.mkdir()
     publish_corpus(fresh, changed)
