@@ -28,6 +28,17 @@ SCHEMA = pa.schema(
         ("pub_date", pa.string()),
         ("mesh_terms", pa.list_(pa.string())),
         ("doi", pa.string()),
+        ("vernacular_title", pa.string()),
+        ("journal_abbreviation", pa.string()),
+        ("issn", pa.string()),
+        ("pub_date_text", pa.string()),
+        ("pmc", pa.string()),
+        ("languages", pa.list_(pa.string())),
+        ("publication_types", pa.list_(pa.string())),
+        ("keywords", pa.list_(pa.string())),
+        ("mesh_headings", pa.list_(pa.string())),
+        ("links", pa.list_(pa.string())),
+        ("retracted", pa.bool_()),
     ]
 )
 

@@ -3,13 +3,18 @@
 Keys of `Paper.as_record()` are the corpus contract (Search-R1 style clients read `id` and `contents`).
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
 class Paper:
-    """One paper of the corpus. `pub_date` is ISO as far as known ("2021", "2021-03", "2021-03-09") or ""."""
+    """One paper of the corpus, all text as PubMed has it, inline markup flattened.
+
+    `pub_date` is ISO as far as known ("2021", "2021-03", "2021-03-09") or "", `pub_date_text` what was written.
+    Headings are MEDLINE's ("Neoplasms/*genetics": a star marks a major topic). A link is its type and a PMID, or the
+    reference where there is no PMID ("RetractionIn 123").
+    """
 
     pmid: str
     title: str
@@ -19,6 +24,17 @@ class Paper:
     pub_date: str = ""
     mesh_terms: tuple[str, ...] = ()
     doi: str = ""
+    vernacular_title: str = ""
+    journal_abbreviation: str = ""
+    issn: str = ""
+    pub_date_text: str = ""
+    pmc: str = ""
+    languages: tuple[str, ...] = ()
+    publication_types: tuple[str, ...] = ()
+    keywords: tuple[str, ...] = ()
+    mesh_headings: tuple[str, ...] = ()
+    links: tuple[str, ...] = ()
+    retracted: bool = False
 
     @property
     def text(self) -> str:
@@ -32,10 +48,12 @@ class Paper:
 
     def as_record(self) -> dict[str, Any]:
         """The corpus record, JSON-ready, with the contract's keys."""
-        fields = asdict(self)
-        fields["authors"] = list(self.authors)
-        fields["mesh_terms"] = list(self.mesh_terms)
-        return {"id": self.pmid, **fields, "text": self.text, "contents": self.contents}
+        values = {name: getattr(self, name) for name in PAPER_FIELDS}
+        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        return {"id": self.pmid, **plain, "text": self.text, "contents": self.contents}
+
+
+PAPER_FIELDS = tuple(field.name for field in fields(Paper))
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 PREFIX = "DRZERO_"
 PROFILE_DIR = Path(__file__).parent / "profiles"
-LISTS = frozenset({"hop_ratio", "seed_mesh", "seed_keywords", "exclude_pmids"})
+LISTS = frozenset(
+    {"hop_ratio", "seed_mesh", "seed_keywords", "exclude_pmids", "languages", "exclude_publication_types"}
+)
 
 Port = Annotated[int, Field(ge=1, le=65535)]
 Count = Annotated[int, Field(ge=1)]
@@ -27,6 +29,7 @@ Weight = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Bonus = Annotated[float, Field(ge=0, le=0.5)]
+Language = Annotated[str, Field(pattern=r"^\s*[A-Za-z]{3}\s*$")]
 Address = Annotated[str, Field(pattern=r"^https?://[^/\s]+(/\S*)?$")]
 
 
@@ -76,11 +79,25 @@ class IngestSettings(Section):
     )
     xml_dir: Path | None = Field(None, description="Folder of PubMed XML files (.xml or .xml.gz), read recursively.")
     strict: bool = Field(False, description="Stop at the first malformed XML file instead of counting and skipping it.")
+    workers: int = Field(0, ge=0, description="Processes that read XML files; 0 is one per core.")
     require_abstract: bool = Field(True, description="Drop records without an abstract (counted).")
+    min_abstract_words: int = Field(0, ge=0, description="Drop records whose abstract is shorter, in words (counted).")
+    languages: tuple[Language, ...] = Field(
+        (), description="Keep articles in these languages only, as PubMed codes them (`eng,fre`); none named keeps all."
+    )
+    exclude_publication_types: tuple[str, ...] = Field(
+        (), description="Drop these publication types, such as `Letter,News`; names with a comma only in a profile."
+    )
+    keep_retracted: bool = Field(False, description="Keep papers that were retracted instead of dropping them.")
+    exclude_pmids: tuple[Path, ...] = Field(
+        (), description="Text files of PMIDs, one a line, that never enter the corpus."
+    )
     query: str | None = Field(None, description="PubMed search in Entrez syntax.")
     date_from: date | None = Field(None, description="First publication date of the query, YYYY-MM-DD.")
     date_to: date | None = Field(None, description="Last publication date of the query, YYYY-MM-DD.")
-    max_records: int = Field(9_999, ge=1, le=9_999, description="Most records fetched from Entrez in one run.")
+    max_records: Count = Field(
+        9_999, description="Most records fetched from Entrez in one run; of more, the newest (above 9,999: by windows)."
+    )
     email: str | None = Field(None, description="Contact address that NCBI asks of every E-utilities client.")
     entrez_url: Address = Field(
         "https://eutils.ncbi.nlm.nih.gov/entrez/eutils", description="Base address of the E-utilities."
@@ -88,6 +105,13 @@ class IngestSettings(Section):
     entrez_batch: int = Field(200, ge=1, le=500, description="Records per EFetch call.")
     entrez_timeout_s: Seconds = Field(60.0, description="Longest wait for one E-utilities reply, in seconds.")
     entrez_tries: Count = Field(5, description="Attempts per E-utilities call before the run stops.")
+    entrez_retry_budget: Count = Field(1000, description="Failed E-utilities calls of a run before it stops.")
+    entrez_workers: int = Field(3, ge=1, le=32, description="EFetch calls in flight at once.")
+    entrez_rate: int = Field(
+        0,
+        ge=0,
+        description="Requests per second over all workers and machines; 0 is what NCBI allows: 3, 10 with a key.",
+    )
     shard_rows: Count = Field(4096, description="Records per corpus shard.")
 
 

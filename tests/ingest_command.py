@@ -12,7 +12,8 @@ def environment(data_dir: Path, **settings: object) -> dict[str, str]:
     """The environment without this machine's settings and proxies; `xml_dir=…` is DRZERO_INGEST__XML_DIR."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("DRZERO_", "NCBI_")) and "proxy" not in k.lower()}
     given = {f"DRZERO_INGEST__{name.upper()}": str(value) for name, value in settings.items()}
-    return kept | {"DRZERO_STORAGE__DATA_DIR": str(data_dir), "DRZERO_STORAGE__MIN_FREE_GB": "0"} | given
+    places = {"DRZERO_STORAGE__DATA_DIR": str(data_dir), "DRZERO_STORAGE__SCRATCH_DIR": f"{data_dir}-scratch"}
+    return kept | places | {"DRZERO_STORAGE__MIN_FREE_GB": "0"} | given
 
 
 def command(*arguments: str) -> list[str]:

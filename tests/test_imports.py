@@ -40,7 +40,7 @@ AT_TOP = {
 # Modules that load a heavy package, because they or what they import may. `services.trainer.plugin` is what verl's
 # own workers import to register ours; on a CPU it loads them.
 LOADS = {path.removesuffix(".py").replace("/", ".") for path in AT_TOP["verl"] | AT_TOP["torch"]}
-LOADS |= {f"services.ingest.{name}" for name in ("pubmed_xml", "folder", "entrez", "eutils")}
+LOADS |= {f"services.ingest.{name}" for name in ("pubmed_xml", "folder", "entrez", "eutils", "batches", "searches")}
 LOADS |= {"services.trainer.plugin"}
 
 LIST_LOADED = """

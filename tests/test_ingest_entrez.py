@@ -1,28 +1,50 @@
-"""Ingest from Entrez against a local server: paging, faults and retries, error replies, contact, key, and a kill."""
+"""Ingest from Entrez against a local server: windows, paging, faults, resumption, pace, contact, key, real replies."""
 
+import random
 import subprocess
-import urllib.request
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
 
 import pytest
 from Bio import Entrez
-from eutils_server import EutilsServer, article_set, serving
+from eutils_server import KINDS, EutilsServer, Held, article_set, most_in_a_second, serving, spread
 from ingest_command import ROOT, command, environment, ingest
 
-from services.ingest.entrez import checked_contact, read_batch, read_key, read_search, search_parameters
-from services.ingest.eutils import Caller, ErrorReply, call, configured, reply_root, retry_after
+from services.ingest.batches import read_batch, records_of
+from services.ingest.entrez import EntrezQuery, checked_contact, read_key, whole_window
+from services.ingest.eutils import Caller, ErrorReply, HistoryLost, call, configured, reply_root, retry_after
+from services.ingest.pace import Pace
+from services.ingest.searches import read_search, search_parameters
+from services.ingest.windows import Days, Plan, Window, read_plan, write_plan
 from shared.clients import BadReply, Refused, Unavailable
 from shared.command import UsageError
 from shared.corpus import Corpus
 from shared.files import read_manifest
-from shared.settings import IngestSettings
+from shared.records import Paper
+from shared.settings import IngestSettings, Settings, StorageSettings
 
 REPLIES = Path(__file__).parents[2] / "shared" / "data" / "entrez-replies"
 needs_replies = pytest.mark.skipif(not REPLIES.is_dir(), reason="the real replies are not beside this checkout")
 KEY = "0123456789abcdef"
+
+
+class FakeClock:
+    """A clock that only waiting moves; `waits` are the waits."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.waits: list[float] = []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self.waits.append(seconds)
 
 
 @pytest.fixture
@@ -31,41 +53,79 @@ def server() -> Iterator[EutilsServer]:
         yield running
 
 
-@pytest.fixture
-def waits() -> list[float]:
-    return []
-
-
-@pytest.fixture
-def caller(server: EutilsServer, waits: list[float], monkeypatch: pytest.MonkeyPatch) -> Caller:
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "*")
-    return Caller(server.url, "tests@example.org", KEY, timeout_s=5.0, tries=3, sleep=waits.append)
+    for name in ("NCBI_API_KEY", "NCBI_API_KEY_FILE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock()
+
+
+@pytest.fixture
+def waits(clock: FakeClock) -> list[float]:
+    return clock.waits
+
+
+@pytest.fixture
+def caller(server: EutilsServer, clock: FakeClock) -> Caller:
+    pace = Pace(100, clock=clock)
+    return Caller(server.url, "tests@example.org", KEY, timeout_s=5.0, tries=3, pace=pace, sleep=clock.sleep)
 
 
 def fetch(caller: Caller, retmax: int = 5) -> list[str]:
     with configured(caller):
-        batch = call(caller, Entrez.efetch, {"db": "pubmed", "retstart": 0, "retmax": retmax}, read_batch)
-    return [paper.pmid for _, paper in batch]
+        asked = {"db": "pubmed", "id": ",".join(str(pmid) for pmid in range(101, 101 + retmax))}
+        _, records = call(caller, Entrez.efetch, asked, lambda body: read_batch(body, most=retmax))
+    return [pmid for pmid, _ in records]
 
 
 def query_environment(server: EutilsServer, data: Path, **settings: object) -> dict[str, str]:
-    given = {"entrez_url": server.url, "query": "cancer", "email": "tests@example.org", "entrez_batch": 4}
-    return environment(data, **(given | settings)) | {"NCBI_API_KEY": KEY}
+    given = {
+        "entrez_url": server.url, "query": "cancer", "email": "tests@example.org", "entrez_batch": 4, "entrez_rate": 200
+    }  # fmt: skip
+    scratch = {"DRZERO_STORAGE__SCRATCH_DIR": str(data / "scratch"), "NCBI_API_KEY": KEY}
+    return environment(data, **(given | settings)) | scratch
+
+
+def source_of(server: EutilsServer, folder: Path, **settings: object) -> EntrezQuery:
+    """The source in this process, which waits two milliseconds where others wait a second."""
+    given = {
+        "entrez_url": server.url, "query": "cancer", "email": "tests@example.org", "entrez_batch": 500,
+        "entrez_rate": 200, "entrez_tries": 60, "entrez_retry_budget": 10**6, "max_records": 10**6,
+    }  # fmt: skip
+    made = Settings(storage=StorageSettings(scratch_dir=folder), ingest=IngestSettings.model_validate(given | settings))
+    source = EntrezQuery(made)
+    source.job = replace(source.job, caller=replace(source.job.caller, first_wait_s=0.002))
+    return source
+
+
+def papers_of(source: EntrezQuery, folder: Path) -> tuple[list[Paper], Counter[str]]:
+    counts: Counter[str] = Counter()
+    return list(source.papers(counts, folder)), counts
+
+
+def pmids(papers: list[Paper]) -> list[int]:
+    return [int(paper.pmid) for paper in papers]
 
 
 def test_a_query_is_fetched_in_batches_and_every_paper_is_counted(server: EutilsServer, tmp_path: Path) -> None:
-    done = ingest(query_environment(server, tmp_path, date_from="2020-01-02"))
+    done = ingest(query_environment(server, tmp_path, date_from="2020-01-01"))
     assert done.returncode == 0, done.stderr
-    assert [paper.pmid for paper in Corpus(tmp_path / "corpus")] == [str(n) for n in range(101, 112)]
+    assert [paper.pmid for paper in Corpus(tmp_path / "corpus")] == [str(n) for n in range(111, 100, -1)]
     counts = read_manifest(tmp_path / "corpus").counts
-    assert {name: counts[name] for name in ("found", "asked", "missing", "read", "kept")} == {
-        "found": 11, "asked": 11, "missing": 0, "read": 11, "kept": 11,
+    assert {name: counts[name] for name in ("found", "windows", "asked", "missing", "read", "kept")} == {
+        "found": 11, "windows": 1, "asked": 11, "missing": 0, "read": 11, "kept": 11,
     }  # fmt: skip
-    utility, asked = server.requests[0]
-    assert utility == "esearch"
-    assert asked.items() >= {"term": "cancer", "mindate": "2020/01/02", "maxdate": "3000/12/31"}.items()
+    (utility, asked), (again, kept) = server.requests[:2]
+    assert (utility, again, kept["usehistory"]) == ("esearch", "esearch", "y")
+    assert asked.items() >= {"term": "cancer", "mindate": "2020/01/01", "datetype": "pdat"}.items()
     assert asked.items() >= {"email": "tests@example.org", "tool": "drzero-biomedical", "api_key": KEY}.items()
-    assert [(a["retstart"], a["retmax"]) for u, a in server.requests[1:]] == [("0", "4"), ("4", "4"), ("8", "3")]
+    batches = sorted((int(a["retstart"]), int(a["retmax"])) for _, a in server.requests[2:])
+    assert batches == [(0, 4), (4, 4), (8, 3)]
     assert KEY not in done.stderr
     assert KEY not in (tmp_path / "corpus" / "manifest.json").read_text()
 
@@ -145,9 +205,11 @@ def test_a_wait_of_hours_is_not_sat_through(server: EutilsServer, caller: Caller
         fetch(caller)
 
 
-def test_a_reply_that_does_not_come_is_given_up_after_the_time_limit(server: EutilsServer, waits: list[float]) -> None:
+def test_a_reply_that_does_not_come_is_given_up_after_the_time_limit(
+    server: EutilsServer, caller: Caller, waits: list[float]
+) -> None:
     server.faults["efetch"] = ["hold"]
-    hasty = Caller(server.url, "tests@example.org", KEY, timeout_s=0.2, tries=2, sleep=waits.append)
+    hasty = replace(caller, timeout_s=0.2, tries=2)
     assert len(fetch(hasty)) == 5
     assert len(waits) == 1
 
@@ -160,44 +222,231 @@ def test_nobody_there_is_unavailable(caller: Caller, server: EutilsServer) -> No
 
 
 def test_bio_entrez_is_as_before_after_the_block(caller: Caller) -> None:
-    before = (Entrez.email, Entrez.tool, Entrez.api_key, Entrez.max_tries, urllib.request._opener)
+    before = (Entrez.email, Entrez.tool, Entrez.api_key, Entrez._open)
     with configured(caller):
         assert Entrez.email == "tests@example.org"
-    assert (Entrez.email, Entrez.tool, Entrez.api_key, Entrez.max_tries, urllib.request._opener) == before
+    assert (Entrez.email, Entrez.tool, Entrez.api_key, Entrez._open) == before
 
 
-def test_a_short_batch_is_asked_once_more_and_then_counted(server: EutilsServer, tmp_path: Path) -> None:
-    short = (200, {}, article_set([101, 102, 103]))
-    server.faults["efetch"] = [short, (200, {}, article_set([101, 102]))]
-    done = ingest(query_environment(server, tmp_path))
-    counts = read_manifest(tmp_path / "corpus").counts
-    assert (counts["asked"], counts["read"], counts["missing"]) == (11, 10, 1)
-    assert "fewer papers than it found" in done.stderr
+def test_a_retry_after_stops_every_caller(server: EutilsServer, caller: Caller, clock: FakeClock) -> None:
+    server.faults["efetch"] = [FAULTS["429"]]
+    other = replace(caller, tries=1)
+    with configured(caller), pytest.raises(Unavailable):
+        call(replace(caller, sleep=lambda _: True), Entrez.efetch, {"db": "pubmed", "id": "1"}, lambda body: body)
+    assert fetch(other) == ["101", "102", "103", "104", "105"]
+    assert clock.waits == [7]
+
+
+def test_the_retries_of_a_run_are_bounded(server: EutilsServer, tmp_path: Path) -> None:
+    server.rates = {"5xx": 1.0}
+    with pytest.raises(Unavailable, match="DRZERO_INGEST__ENTREZ_RETRY_BUDGET"):
+        papers_of(source_of(server, tmp_path, entrez_retry_budget=3), tmp_path)
+    assert len(server.requests) == 4
+
+
+@pytest.mark.parametrize("status", [200, 400])
+def test_a_lost_history_is_no_fault_to_wait_for(
+    status: int, server: EutilsServer, caller: Caller, waits: list[float]
+) -> None:
+    server.faults["efetch"] = [
+        (status, {}, b"<eFetchResult><ERROR>Cannot retrieve history data. query_key: 1</ERROR></eFetchResult>")
+    ]
+    with pytest.raises(HistoryLost):
+        fetch(caller)
+    assert waits == []
+
+
+def test_a_search_that_ncbi_has_lost_is_made_again(server: EutilsServer, tmp_path: Path) -> None:
+    server.faults["efetch"] = ["lost", None, "lost"]
+    papers, counts = papers_of(source_of(server, tmp_path, entrez_batch=4), tmp_path)
+    assert pmids(papers) == list(range(111, 100, -1))
+    assert counts["missing"] == 0
+    assert len(server.kept) > 1
+
+
+def test_a_batch_that_lacks_papers_is_believed_when_it_comes_twice(server: EutilsServer, tmp_path: Path) -> None:
+    short, shorter = (200, {}, article_set([111, 110, 109])), (200, {}, article_set([111, 110]))
+    server.faults["efetch"] = [short, shorter, short]
+    papers, counts = papers_of(source_of(server, tmp_path, entrez_batch=4, entrez_workers=1), tmp_path)
+    assert (counts["asked"], counts["read"], counts["missing"], len(papers)) == (11, 10, 1, 10)
 
 
 def test_no_hit_is_one_sentence_with_what_was_not_understood(server: EutilsServer, tmp_path: Path) -> None:
     reply = (
         b"<eSearchResult><Count>0</Count><ErrorList><PhraseNotFound>abcXYZ</PhraseNotFound></ErrorList></eSearchResult>"
     )
-    server.faults["esearch"] = [(200, {}, reply)]
+    server.faults["esearch"] = [(200, {}, reply)] * 2
     done = ingest(query_environment(server, tmp_path, query="abcXYZ"))
     assert done.returncode == 1
     assert "finds no paper for 'abcXYZ' (not understood: abcXYZ)" in done.stderr.splitlines()[-1]
     assert not (tmp_path / "corpus").exists()
 
 
+def test_a_single_wrong_zero_is_not_believed(server: EutilsServer, tmp_path: Path) -> None:
+    server.faults["esearch"] = [(200, {}, b"<eSearchResult><Count>0</Count></eSearchResult>")]
+    assert len(papers_of(source_of(server, tmp_path), tmp_path)[0]) == 11
+
+
 def test_kill_in_the_middle_of_fetching_leaves_the_old_corpus(server: EutilsServer, tmp_path: Path) -> None:
     assert ingest(query_environment(server, tmp_path)).returncode == 0
-    environ = query_environment(server, tmp_path, query="gout")
-    server.faults["efetch"] = [(200, {}, article_set([1, 2, 3, 4])), "hold"]
+    environ = query_environment(server, tmp_path, query="gout", entrez_workers=1)
+    server.faults["efetch"] = [None, "hold"]
     with subprocess.Popen(command(), cwd=ROOT, env=environ, stderr=subprocess.DEVNULL) as process:
         assert server.held.wait(60)
         process.kill()
     server.released.set()
     assert len(Corpus(tmp_path / "corpus", verify=True)) == 11
     assert read_manifest(tmp_path / "corpus").made_from["query"] == "cancer"
+    asked = len(server.requests)
     assert ingest(environ).returncode == 0
     assert read_manifest(tmp_path / "corpus").made_from["query"] == "gout"
+    assert [a.get("retstart") for _, a in server.requests[asked:]] == [None, "4", "8"]  # the first batch was kept
+
+
+def test_more_papers_than_the_cap_come_in_windows_newest_first(tmp_path: Path) -> None:
+    with serving(spread(12_000)) as server:
+        papers, counts = papers_of(source_of(server, tmp_path), tmp_path)
+        some, fewer = papers_of(source_of(server, tmp_path, max_records=11_000), tmp_path)
+    assert sorted(pmids(papers)) == list(range(1, 12_001))
+    assert pmids(papers) == sorted(pmids(papers), reverse=True)  # the server numbers its papers by date
+    assert counts["windows"] > 1
+    assert pmids(some) == pmids(papers)[:11_000]
+    assert (fewer["found"], fewer["asked"], fewer["read"]) == (12_000, 11_000, 11_000)
+
+
+def test_a_new_years_day_over_the_cap_is_cut_by_the_day_of_creation(tmp_path: Path) -> None:
+    day = date(2010, 1, 1)
+    held = [Held(day, day + timedelta(days=pmid % 90), pmid) for pmid in range(1, 12_001)]
+    with serving(held) as server:
+        papers, _ = papers_of(source_of(server, tmp_path), tmp_path)
+        assert any("[crdt]" in asked["term"] for utility, asked in server.requests if utility == "esearch")
+    assert sorted(pmids(papers)) == list(range(1, 12_001))
+
+
+def test_the_corpus_does_not_depend_on_workers_or_faults(tmp_path: Path) -> None:
+    with serving(spread(12_000)) as server:
+        calm, _ = papers_of(source_of(server, tmp_path / "calm", entrez_workers=1), tmp_path)
+        server.rates, server.retry_after = dict.fromkeys(KINDS, 0.05), "0"
+        rough, _ = papers_of(source_of(server, tmp_path / "rough", entrez_workers=8), tmp_path)
+    assert calm == rough
+
+
+def test_a_window_that_grew_while_it_was_fetched_is_fetched_anew(tmp_path: Path) -> None:
+    with serving(list(range(1, 31))) as server:
+        server.faults["efetch"] = [None, (400, {}, b"stop")]
+        settings: dict[str, object] = {"entrez_batch": 10, "entrez_workers": 1}
+        with pytest.raises(Refused):
+            papers_of(source_of(server, tmp_path, **settings), tmp_path)
+        server.papers.append(Held(date(2020, 1, 1), date(2020, 1, 2), 31))
+        server.days.append(date(2020, 1, 1))
+        papers, counts = papers_of(source_of(server, tmp_path, **settings), tmp_path)
+    assert pmids(papers) == list(range(31, 0, -1))
+    assert (counts["found"], counts["missing"]) == (31, 0)
+
+
+def test_windows_that_hold_fewer_papers_than_the_query_are_an_error_and_then_planned_anew(tmp_path: Path) -> None:
+    with serving(spread(12_000)) as server:
+        source = source_of(server, tmp_path)
+        papers_of(source, tmp_path)
+        path = source.job.folder / "plan.json"
+        plan = read_plan(path)
+        assert plan
+        gone = next(iter(plan.windows))
+        write_plan(path, Plan({w: n for w, n in plan.windows.items() if w != gone}, plan.found, plan.begun))
+        with pytest.raises(BadReply, match=rf"finds 12000 papers, but {12_000 - plan.windows[gone]} in all windows"):
+            papers_of(source_of(server, tmp_path), tmp_path)
+        assert len(papers_of(source_of(server, tmp_path), tmp_path)[0]) == 12_000
+
+
+def test_the_filters_of_the_corpus_hold_for_a_query_too(server: EutilsServer, tmp_path: Path) -> None:
+    excluded = tmp_path / "held-out.txt"
+    excluded.write_text("103\n104\n")
+    papers, counts = papers_of(source_of(server, tmp_path, exclude_pmids=[excluded]), tmp_path)
+    assert not {103, 104} & set(pmids(papers))
+    assert (counts["read"], counts["dropped_excluded"], len(papers)) == (11, 2, 9)
+
+
+def test_a_damaged_kept_batch_is_fetched_again(server: EutilsServer, tmp_path: Path) -> None:
+    papers_of(source_of(server, tmp_path, entrez_batch=4), tmp_path)
+    kept = sorted(tmp_path.rglob("*.xml.gz"))
+    kept[1].write_bytes(kept[1].read_bytes()[:-20])
+    asked = len(server.requests)
+    papers, _ = papers_of(source_of(server, tmp_path, entrez_batch=4), tmp_path)
+    assert len(papers) == 11
+    assert [utility for utility, _ in server.requests[asked:]] == ["esearch", "efetch"]
+
+
+def test_kept_batches_are_gone_when_the_corpus_is_done(server: EutilsServer, tmp_path: Path) -> None:
+    source = source_of(server, tmp_path)
+    papers_of(source, tmp_path)
+    assert source.job.folder.is_dir()
+    source.done()
+    assert not source.job.folder.exists()
+    source.done()
+
+
+def test_sixty_thousand_papers_come_once_each_under_faults_of_every_kind_and_within_the_rate(tmp_path: Path) -> None:
+    with serving(spread(60_000), rates=dict.fromkeys(KINDS, 0.1) | {"cut": 0.05, "slow": 0.02}) as server:
+        server.retry_after = "0"
+        papers, counts = papers_of(source_of(server, tmp_path, entrez_workers=4), tmp_path)
+        assert most_in_a_second(server.times) <= 200
+    assert len(papers) == len(set(pmids(papers))) == 60_000
+    assert (counts["found"], counts["asked"], counts["missing"]) == (60_000, 60_000, 0)
+
+
+def test_many_workers_keep_to_the_rate_and_come_near_it(tmp_path: Path) -> None:
+    with serving(spread(3_000)) as server:
+        papers_of(source_of(server, tmp_path, entrez_workers=8, entrez_batch=50, entrez_rate=20), tmp_path)
+        assert most_in_a_second(server.times) <= 20
+        assert server.times[-1] - server.times[0] <= 1.2 * len(server.times) / 20
+
+
+def kill_and_resume(folder: Path, kills: int) -> None:
+    """A run that is killed so many times makes the corpus of an undisturbed one and asks for hardly anything twice."""
+    draw = random.Random(kills)  # noqa: S311
+    settings = {"max_records": 20_000, "entrez_batch": 500, "entrez_workers": 3}
+    with serving(spread(12_000), rates={"slow": 1.0}) as server:
+        assert ingest(query_environment(server, folder / "calm", **settings)).returncode == 0
+        calm = len(server.requests)
+        environ = query_environment(server, folder / "rough", **settings)
+        for _ in range(kills):
+            with subprocess.Popen(command(), cwd=ROOT, env=environ, stderr=subprocess.DEVNULL) as process:
+                assert server.wait_for(len(server.requests) + draw.randrange(1, calm // kills))
+                process.kill()
+        assert ingest(environ).returncode == 0
+        fetches = sum(utility == "efetch" for utility, _ in server.requests[calm:])
+    assert fetches <= 12_000 / 500 + 3 + kills * 3  # at most what was in flight at a kill
+    one, other = (read_manifest(folder / name / "corpus", verify=True) for name in ("calm", "rough"))
+    assert (one.files, one.rows) == (other.files, 12_000)
+
+
+def test_a_run_that_is_killed_goes_on_and_makes_the_same_corpus(tmp_path: Path) -> None:
+    kill_and_resume(tmp_path, 3)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_ten_times_makes_the_same_corpus(tmp_path: Path) -> None:
+    kill_and_resume(tmp_path, 10)
+
+
+@pytest.mark.slow
+def test_ten_thousand_papers_at_ncbis_own_rate_are_bounded_by_the_rate(tmp_path: Path) -> None:
+    with serving(spread(10_000)) as server:
+        papers, _ = papers_of(source_of(server, tmp_path, entrez_rate=0, entrez_batch=200), tmp_path)
+        assert len(papers) == 10_000
+        assert most_in_a_second(server.times) <= 3
+        assert server.times[-1] - server.times[0] <= 1.2 * len(server.times) / 3
+
+
+def test_the_server_of_these_tests_lists_no_more_than_the_cap_and_refuses_what_lies_beyond() -> None:
+    with serving(spread(10_500)) as server:
+        caller = Caller(server.url, "tests@example.org", None, timeout_s=5.0, tries=1, pace=Pace(100))
+        with configured(caller):
+            asked = {"db": "pubmed", "term": "x", "retmax": 20_000}
+            reply = call(caller, Entrez.esearch, asked, lambda body: body)
+            assert reply.count(b"<Id>") == 9_999
+            with pytest.raises(BadReply, match="'retstart' cannot be larger than 9998"):
+                call(caller, Entrez.esearch, asked | {"retstart": 9_999}, read_search)
 
 
 @pytest.mark.parametrize("address", [None, "", "nobody", "a@b", "a b@c.de", "a@b.c@d.e", "a@b."])
@@ -221,9 +470,19 @@ def test_dates_in_the_wrong_order_are_named(server: EutilsServer, tmp_path: Path
 
 
 def test_dates_are_sent_as_a_closed_range_or_not_at_all() -> None:
-    assert "datetype" not in search_parameters(IngestSettings(query="x"))
-    sent = search_parameters(IngestSettings(query="x", date_to=date(2020, 3, 4)))
-    assert (sent["datetype"], sent["mindate"], sent["maxdate"]) == ("pdat", "1000/01/01", "2020/03/04")
+    today = date(2026, 3, 1)
+    assert "datetype" not in search_parameters("x", whole_window(IngestSettings(query="x"), today))
+    sent = search_parameters("x", whole_window(IngestSettings(query="x", date_to=date(2020, 3, 4)), today))
+    assert (sent["datetype"], sent["mindate"], sent["maxdate"]) == ("pdat", "1700/01/01", "2020/03/04")
+    sent = search_parameters("x", whole_window(IngestSettings(query="x", date_from=date(2020, 3, 4)), today))
+    assert (sent["mindate"], sent["maxdate"]) == ("2020/03/04", "2027/03/02")
+
+
+def test_days_of_creation_are_a_clause_of_the_term() -> None:
+    day = Days(date(2020, 1, 1), date(2020, 1, 1))
+    sent = search_parameters("a OR b", Window(day, Days(date(2020, 1, 2), date(2020, 1, 9))))
+    assert sent["term"] == '(a OR b) AND ("2020/01/02"[crdt] : "2020/01/09"[crdt])'
+    assert (sent["mindate"], sent["maxdate"]) == ("2020/01/01", "2020/01/01")
 
 
 def test_the_key_comes_from_a_variable_or_a_file(tmp_path: Path) -> None:
@@ -248,9 +507,10 @@ def test_retry_after_is_read_as_seconds_or_as_a_date() -> None:
 @pytest.mark.parametrize("name", ["epost2.xml", "epost3.xml", "esummary8.xml", "pubmed3.html", "pubmed_result1.txt"])
 def test_real_error_replies_are_recognised(name: str) -> None:
     body = (REPLIES / name).read_bytes()
-    for read in (read_batch, read_search):
-        with pytest.raises(ErrorReply):
-            read(body)
+    with pytest.raises(ErrorReply):
+        read_batch(body, most=100)
+    with pytest.raises(ErrorReply):
+        read_search(body)
     with pytest.raises(ErrorReply):
         reply_root(body, "ePostResult")
 
@@ -263,12 +523,13 @@ def test_real_search_replies_are_read() -> None:
     assert (nothing.count, nothing.remark) == (0, " (not understood: abcXYZ)")
     with pytest.raises(ErrorReply, match="WebEnv"):  # a search that was not kept cannot be fetched
         read_search((REPLIES / "esearch1.xml").read_bytes())
+    assert read_search((REPLIES / "esearch1.xml").read_bytes(), kept=False).count == 63
 
 
 @needs_replies
 @pytest.mark.parametrize("number", [1, 2, 4, 5, 6, 7])
 def test_real_fetch_replies_are_read(number: int) -> None:
     body = (REPLIES / f"pubmed{number}.xml").read_bytes()
-    papers = [paper for _, paper in read_batch(body)]
+    papers = [record.paper() for record in records_of(body)]
     assert len(papers) == body.count(b"<PubmedArticle>") + body.count(b"<PubmedBookArticle>") > 0
     assert all(paper.pmid.isdecimal() and paper.title and paper.pub_date for paper in papers)

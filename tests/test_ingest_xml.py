@@ -1,11 +1,17 @@
 """Ingest from PubMed XML: what is read, what stands, what is left out, and that the old corpus survives everything."""
 
 import gzip
+import hashlib
 import io
 import json
+import multiprocessing
+import os
 import signal
 import subprocess
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from eutils_server import article, article_set
@@ -13,13 +19,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ingest_command import ROOT, command, environment, ingest
 
+from services.ingest.filters import why_dropped
 from services.ingest.folder import find_files, opened, scan_file
-from services.ingest.pubmed_xml import Deletion, MalformedXml, Record, iso_date, medline_date, read_records
+from services.ingest.pubmed_xml import Deletion, MalformedXml, Record, iso_date, medline_date, read_records, without
 from services.ingest.versions import Place, Standing
+from services.ingest.workers import in_order
 from shared.command import UsageError
 from shared.corpus import Corpus
 from shared.files import read_manifest
 from shared.records import Paper
+from shared.settings import IngestSettings
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 PUBMED, UPDATES = DATA / "pubmed", DATA / "pubmed-updates"
@@ -77,6 +86,8 @@ def test_a_record_becomes_the_papers_fields_with_markup_as_text() -> None:
             pub_date="2021-03-09",
             mesh_terms=("Water",),
             doi="10.1/abc",
+            pub_date_text="2021 Mar 9",
+            mesh_headings=("Water/analysis",),
         )
     ]
 
@@ -176,6 +187,117 @@ def test_records_without_pmid_or_abstract_are_dropped_and_counted(tmp_path: Path
     assert (loose["kept"], loose["dropped_no_pmid"]) == (2, 1)
 
 
+PAPER = Paper("1", "T", "one two three", languages=("ENG",), publication_types=("Letter",))
+
+
+@pytest.mark.parametrize(
+    ("changes", "settings", "reason"),
+    [
+        ({}, {}, None),
+        ({"pmid": "7"}, {}, "excluded"),
+        ({"retracted": True}, {}, "retracted"),
+        ({"retracted": True}, {"keep_retracted": True}, None),
+        ({}, {"exclude_publication_types": ("News", "LETTER")}, "publication_type"),
+        ({}, {"languages": ("fre", "eng")}, None),
+        ({}, {"languages": ("fre",)}, "language"),
+        ({"languages": ()}, {"languages": ("fre",)}, None),
+        ({"abstract": ""}, {}, "no_abstract"),
+        ({"abstract": ""}, {"require_abstract": False, "min_abstract_words": 4}, None),
+        ({}, {"min_abstract_words": 3}, None),
+        ({}, {"min_abstract_words": 4}, "short_abstract"),
+    ],
+)
+def test_a_paper_is_dropped_for_the_first_rule_it_breaks(
+    changes: dict[str, Any], settings: dict[str, Any], reason: str | None
+) -> None:
+    assert why_dropped(replace(PAPER, **changes), IngestSettings(**settings), frozenset({"7"})) == reason
+
+
+def test_filters_come_from_variables_and_count_what_they_drop(tmp_path: Path) -> None:
+    speaks = [
+        article(n).replace("</Article>", f"<Language>{code}</Language></Article>")
+        for n, code in ((1, "eng"), (2, "fre"))
+    ]
+    (tmp_path / "mine.txt").write_text("3  # known\n\n")
+    source = folder_of(tmp_path / "xml", n1=in_set(*speaks, article(3), article(4)))
+    environ = environment(tmp_path / "data", xml_dir=source, languages="eng, ger", exclude_pmids=tmp_path / "mine.txt")
+    assert ingest(environ).returncode == 0
+    counts = counts_of(tmp_path / "data")
+    assert (counts["dropped_language"], counts["dropped_excluded"], counts["language_unknown"]) == (1, 1, 1)
+    assert [paper.pmid for paper in Corpus(tmp_path / "data" / "corpus")] == ["1", "4"]
+    (tmp_path / "mine.txt").write_text("4\n")
+    assert "changed settings: exclude_pmids" in ingest(environ).stderr
+    (tmp_path / "mine.txt").write_text("four\n")
+    assert "DRZERO_INGEST__EXCLUDE_PMIDS" in ingest(environ).stderr.splitlines()[-1]
+    assert "languages" in ingest(environ | {"DRZERO_INGEST__LANGUAGES": "en"}).stderr
+
+
+def test_a_file_that_its_md5_does_not_fit_is_malformed(tmp_path: Path) -> None:
+    source = folder_of(
+        tmp_path / "xml", n1=article_set([1]), n2=article_set([2]), n3=article_set([3]), n4=article_set([4])
+    )
+    digests = [hashlib.md5((source / f"n{n}.xml").read_bytes(), usedforsecurity=False).hexdigest() for n in (1, 2)]
+    (source / "n1.xml.md5").write_text(f"MD5(n1.xml)= {digests[0]}\n")
+    (source / "n2.xml.md5").write_text(f"{digests[1].upper()}  n2.xml\n")
+    (source / "n3.xml.md5").write_text(f"{digests[0]}  n3.xml\n")
+    (source / "n4.xml.md5").write_text("")
+    assert ingest(environment(tmp_path / "data", xml_dir=source)).returncode == 0
+    assert [paper.pmid for paper in Corpus(tmp_path / "data" / "corpus")] == ["1", "2"]
+    told = json.loads((tmp_path / "data" / "corpus" / "malformed.json").read_text())
+    assert [one["file"] for one in told] == ["n3.xml", "n4.xml"]
+    assert all("MD5" in one["reason"] for one in told)
+
+
+def test_the_corpus_is_the_same_for_any_number_of_workers(tmp_path: Path) -> None:
+    files = {f"n{n}": article_set(list(range(n, n + 40))) for n in range(7)}
+    source = folder_of(tmp_path / "xml", **files)
+    shards = []
+    for workers in (1, 2, 5):
+        data = tmp_path / f"data{workers}"
+        assert ingest(environment(data, xml_dir=source, workers=workers)).returncode == 0
+        shards.append(read_manifest(data / "corpus").identity)
+    assert len(set(shards)) == 1
+
+
+def double(number: int) -> int:
+    return 2 * number
+
+
+def die(number: int) -> int:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+def test_workers_give_results_in_order_and_end_with_the_iterator() -> None:
+    assert list(in_order(double, range(50), 3)) == list(range(0, 100, 2))
+    assert list(in_order(double, [], 3)) == []
+    begun = in_order(double, range(50), 3)
+    assert next(begun) == 0
+    begun.close()
+    assert multiprocessing.active_children() == []
+
+
+def test_a_worker_that_is_killed_is_a_known_error() -> None:
+    with pytest.raises(UsageError, match="DRZERO_INGEST__WORKERS"):
+        list(in_order(die, range(5), 2))
+
+
+NESTED = st.recursive(st.just("r"), lambda inner: inner.map(lambda text: f"<ReferenceList>{text}</ReferenceList>"))
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(["", "a", "<Ref/>", "<ReferenceLis", "\n"]), NESTED), max_size=5),
+    st.integers(1, 40),
+)
+def test_reference_lists_are_cut_out_whole_however_the_stream_is_divided(
+    pairs: list[tuple[str, str]], size: int
+) -> None:
+    data = "".join(text + inner for text, inner in pairs).encode()
+    wanted = "".join(text + ("" if inner.startswith("<") else inner) for text, inner in pairs).encode()
+    chunks = (data[start : start + size] for start in range(0, len(data), size))
+    assert b"".join(without(b"ReferenceList", chunks)) == wanted
+
+
 DAMAGED = {
     "cut": gzip.compress(article_set(list(range(1, 400))))[:-200],
     "flipped": gzip.compress(article_set([1]))[:-8] + b"\0" * 8,
@@ -192,7 +314,7 @@ DAMAGED = {
 def test_a_damaged_file_is_malformed_xml_and_nothing_else(kind: str, tmp_path: Path) -> None:
     path = folder_of(tmp_path, n1=DAMAGED[kind]) / "n1.xml"
     with pytest.raises(MalformedXml) as caught:
-        scan_file(path, 0)
+        scan_file(path)
     assert caught.value.reason
 
 
@@ -273,11 +395,12 @@ def test_too_little_disk_space_is_one_sentence_before_any_work(tmp_path: Path) -
 
 @needs_data
 def test_all_records_of_the_data_folder_are_read_in_one_command(tmp_path: Path) -> None:
-    for name, flag, kept in (("a", "true", 28_674), ("b", "false", 28_936)):
+    for name, flag, kept in (("a", "true", 28_672), ("b", "false", 28_934)):
         done = ingest(environment(tmp_path / name, xml_dir=PUBMED, require_abstract=flag))
         assert done.returncode == 0, done.stderr
         counts = counts_of(tmp_path / name)
         assert (counts["read"], counts["kept"], counts["files"], counts["files_malformed"]) == (28_936, kept, 9, 0)
+        assert counts["dropped_retracted"] == 2
         corpus = Corpus(tmp_path / name / "corpus")
         assert len(corpus) == kept
         assert len({paper.pmid for paper in corpus}) == kept
@@ -309,6 +432,36 @@ def test_base_and_updates_together_agree_on_every_record(tmp_path: Path) -> None
     assert counts["read"] == 2_213 + 953
     assert counts["dropped_duplicate"] > 0
     assert len({p.pmid for p in Corpus(tmp_path / "data" / "corpus")}) == counts["kept"]
+
+
+@needs_data
+def test_updates_applied_over_the_base_leave_what_a_plain_replay_leaves(tmp_path: Path) -> None:
+    source = tmp_path / "xml"
+    source.mkdir()
+    in_turn = [*sorted(PUBMED.rglob("*.gz")), *sorted(UPDATES.glob("*.gz"))]
+    held: dict[str, tuple[int, str]] = {}
+    for number, path in enumerate(in_turn):
+        (source / f"{number:03d}_{path.name}").symlink_to(path)
+        with opened(path) as stream:
+            root = ElementTree.parse(stream).getroot()  # noqa: S314 - NLM's own files
+        for node in root.iter():
+            pmids = node.findall("PMID")
+            if node.tag == "MedlineCitation":
+                version, title = int(pmids[0].get("Version", "1")), node.find("Article/ArticleTitle")
+                text = "" if title is None else " ".join("".join(title.itertext()).split())
+                if held.get(str(pmids[0].text), (0, ""))[0] <= version:
+                    held[str(pmids[0].text)] = (version, text)
+            elif node.tag == "DeleteCitation":
+                for pmid in pmids:
+                    held.pop(str(pmid.text), None)
+    done = ingest(environment(tmp_path / "data", xml_dir=source, require_abstract="0", keep_retracted="1"))
+    assert done.returncode == 0, done.stderr
+    found = {paper.pmid: paper for paper in Corpus(tmp_path / "data" / "corpus")}
+    counts = counts_of(tmp_path / "data")
+    assert counts["read"] == 28_936 + 953
+    assert counts["deletions"] == 24
+    assert found.keys() == held.keys()
+    assert {p for p, (_, title) in held.items() if title.strip("[]. ") and title != found[p].title} == set()
 
 
 @needs_data

@@ -23,7 +23,6 @@ from services.trainer.seeds import (
     draw_seeds,
     make_seeds,
     qualifying_rows,
-    read_pmids,
     seed_row,
     spread_hops,
     write_rows,
@@ -32,6 +31,7 @@ from shared.command import UsageError
 from shared.corpus import write_shards
 from shared.files import publish, read_manifest
 from shared.model_files import CHAT_TEMPLATE
+from shared.pmids import read_pmids
 from shared.records import Paper, Seed
 from shared.settings import TrainerSettings, build_settings
 
@@ -41,6 +41,8 @@ SETTINGS = TrainerSettings(seeds=40, eval_seeds=10, prompts_per_step=4, min_abst
 NO_FILTER = TrainerSettings(min_abstract_words=0)
 NONE: frozenset[str] = frozenset()
 ROOT = Path(__file__).parents[1]
+
+VARIABLE = "DRZERO_TRAINER__EXCLUDE_PMIDS"
 
 
 # --- hops
@@ -159,7 +161,7 @@ def test_an_excluded_paper_is_no_seed_under_another_id_either(order: tuple[int, 
 def test_pmid_files_may_have_comments_and_blank_lines(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("# an evaluation set\n123\n\n 456 # yes/no\n", encoding="utf-8")
     (tmp_path / "b.txt").write_text("\ufeff789\r\n123", encoding="utf-8")
-    assert read_pmids([tmp_path / "a.txt", tmp_path / "b.txt"]) == {"123", "456", "789"}
+    assert read_pmids([tmp_path / "a.txt", tmp_path / "b.txt"], VARIABLE) == {"123", "456", "789"}
 
 
 @pytest.mark.parametrize("line", ["PMC123", "12 34", "0123", "12345678901", "١٢٣"])
@@ -167,12 +169,12 @@ def test_a_line_that_is_no_pmid_is_named_with_file_and_line(tmp_path: Path, line
     file = tmp_path / "held.txt"
     file.write_text(f"1\n{line}\n", encoding="utf-8")
     with pytest.raises(UsageError, match=r"held\.txt, line 2: expected one PMID.*DRZERO_TRAINER__EXCLUDE_PMIDS"):
-        read_pmids([file])
+        read_pmids([file], VARIABLE)
 
 
 def test_a_missing_pmid_file_is_named_with_its_variable(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"none\.txt of DRZERO_TRAINER__EXCLUDE_PMIDS, found none"):
-        read_pmids([tmp_path / "none.txt"])
+        read_pmids([tmp_path / "none.txt"], VARIABLE)
 
 
 # --- prompts that fit

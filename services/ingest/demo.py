@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from services.ingest.estimate import CORPUS_BYTES, Estimate
 from shared.files import hash_file
 from shared.progress import Progress
 from shared.records import Paper
@@ -28,6 +29,14 @@ class DemoRecords:
         self.settings = settings
         self.made_from: Mapping[str, str] = {"demo": hash_file(RECORDS)}
         self.shaped_by: Mapping[str, Any] = {}
+
+    def estimate(self) -> Estimate:
+        """The demo records cost no time worth telling."""
+        papers = len(read_demo())
+        return Estimate(papers, 0, 0.0, papers * CORPUS_BYTES, 0)
+
+    def done(self) -> None:
+        """Nothing is kept."""
 
     def papers(self, counts: Counter[str], draft: Path) -> Iterator[Paper]:
         """All demo records; every one has an abstract."""

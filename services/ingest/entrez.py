@@ -1,45 +1,44 @@
-"""A PubMed query to papers, through ESearch with history and EFetch in batches.
+"""A PubMed query of any size to papers, through ESearch with history and EFetch in batches.
 
 In: query, publication dates and contact of the settings; a key, if any, from `NCBI_API_KEY` or the file that
-`NCBI_API_KEY_FILE` names. Out: papers in PubMed's order, with the counts found, asked, missing and read. At most
-`max_records` are fetched (E-utilities give no more than 9,999 of one query); what is left out is counted and logged.
-A corpus of the same query, dates and limit is reused: PubMed grows daily, so `--force` asks again.
+`NCBI_API_KEY_FILE` names. Out: papers, newest first, with the counts found, windows, asked, missing and read. At most
+`max_records` are fetched: of 9,999 or fewer the first of PubMed's own order, of more the newest by publication date;
+what is left out is counted and logged.
+
+Every batch is kept under `<scratch_dir>/ingest/<query>` until `done()`, so that a run that was killed goes on where it
+was, and the corpus is made from the kept batches in their order: it depends neither on the number of workers nor on
+faults or interruptions. A corpus of the same query, dates and limit is reused: PubMed grows daily, so `--force` asks
+again.
 """
 
-import io
 import os
 import re
+import shutil
+import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from datetime import date
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
 import structlog
-from Bio import Entrez
 
-from services.ingest.eutils import Caller, ErrorReply, call, configured, reply_root
-from services.ingest.pubmed_xml import Record, read_records
+from services.ingest.batches import Job, fetched, made_plan, read_kept, records_of
+from services.ingest.estimate import Estimate, of_query
+from services.ingest.eutils import Caller, configured
+from services.ingest.filters import excluded_pmids, filter_settings, kept
+from services.ingest.pace import RATE, RATE_WITH_KEY, make_pace
+from services.ingest.searches import count
 from services.ingest.tally import drop
 from services.ingest.versions import Place, Standing
+from services.ingest.windows import CAP, Days, Window, open_days
 from shared.command import UsageError
+from shared.files import hash_json
 from shared.progress import Progress
 from shared.records import Paper
 from shared.settings import IngestSettings, Settings
 
 ADDRESS = re.compile(r"[^@\s]+@[^@\s]+\.[^@\s.]+")
-OPEN_START, OPEN_END = "1000/01/01", "3000/12/31"  # E-utilities take no half-open range of dates
-
-
-@dataclass(frozen=True)
-class Found:
-    """A search that NCBI keeps for us."""
-
-    count: int
-    web_env: str
-    query_key: str
-    remark: str  # what PubMed did not understand in the query, or ""
 
 
 class EntrezQuery:
@@ -48,86 +47,105 @@ class EntrezQuery:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         ingest = settings.ingest
-        if not ingest.query or not ingest.query.strip():
-            raise UsageError("the source is entrez, but there is no query; set DRZERO_INGEST__QUERY")
-        if ingest.date_from and ingest.date_to and ingest.date_from > ingest.date_to:
-            raise UsageError(
-                f"DRZERO_INGEST__DATE_FROM is {ingest.date_from}, after DRZERO_INGEST__DATE_TO {ingest.date_to}"
-            )
-        self.caller = Caller(
-            base_url=ingest.entrez_url,
-            contact=checked_contact(ingest.email),
-            key=read_key(os.environ),
-            timeout_s=ingest.entrez_timeout_s,
-            tries=ingest.entrez_tries,
-        )
+        query = checked_query(ingest)
         self.made_from: Mapping[str, str] = {
             "entrez_url": ingest.entrez_url,
-            "query": ingest.query,
+            "query": query,
             "dates": f"{ingest.date_from or ''}..{ingest.date_to or ''}",
         }
+        self.excluded = excluded_pmids(ingest)
         self.shaped_by: Mapping[str, Any] = {
-            "require_abstract": ingest.require_abstract,
+            **filter_settings(ingest, self.excluded),
             "max_records": ingest.max_records,
         }
+        ended = threading.Event()
+        identity = hash_json([self.made_from, ingest.max_records, ingest.entrez_batch, CAP])
+        self.job = Job(
+            caller=make_caller(settings, ended),
+            query=query,
+            whole=whole_window(ingest, datetime.now(UTC).date()),
+            limit=ingest.max_records,
+            batch=ingest.entrez_batch,
+            workers=ingest.entrez_workers,
+            folder=settings.storage.scratch_dir / "ingest" / identity[:16],
+            ended=ended,
+        )
 
     def papers(self, counts: Counter[str], draft: Path) -> Iterator[Paper]:
         """The papers of the query; UsageError when it finds none, ServiceError when NCBI does not answer."""
-        with configured(self.caller):
-            fetched = self._fetch_all(counts)
-        standing = Standing()
-        for position, (version, paper) in enumerate(fetched):
-            standing.add(paper.pmid, Place(0, position, version))
+        standing, files = self._fetch(counts)
         drop(counts, "duplicate", standing.replaced)
-        for position, (_, paper) in enumerate(fetched):
-            if not standing.stands(paper.pmid, file=0, position=position):
-                continue
-            if self.settings.ingest.require_abstract and not paper.abstract:
-                drop(counts, "no_abstract")
-            else:
-                yield paper
+        yield from kept(_standing_papers(files, standing), self.settings.ingest, self.excluded, counts)
 
-    def _fetch_all(self, counts: Counter[str]) -> list[tuple[int, Paper]]:
-        log = structlog.get_logger()
-        ingest = self.settings.ingest
-        found = call(self.caller, Entrez.esearch, search_parameters(ingest), read_search)
-        counts["found"] = found.count
-        if found.count == 0:
-            raise UsageError(f"PubMed finds no paper for {ingest.query!r}{found.remark}; change DRZERO_INGEST__QUERY")
-        counts["asked"] = asked = min(found.count, ingest.max_records)
-        log.info("query is answered", found=found.count, asked=asked, remark=found.remark.strip(" ;()"))
-        if found.count > asked:
-            log.warning(
-                "the query finds more papers than are fetched; narrow it or its dates",
-                found=found.count,
-                asked=asked,
-                left_out=found.count - asked,
-            )
-        fetched: list[tuple[int, Paper]] = []
-        with Progress("ingest", self.settings, total=asked) as progress:
-            for start in range(0, asked, ingest.entrez_batch):
-                batch = self._fetch(found, start, min(ingest.entrez_batch, asked - start))
-                fetched += batch
-                progress.advance(len(batch))
-        counts["read"] = len(fetched)
-        counts["missing"] = max(0, asked - len(fetched))
+    def done(self) -> None:
+        """Remove the kept batches: the corpus is published."""
+        if self.job.folder.exists():
+            shutil.rmtree(self.job.folder)
+
+    def estimate(self) -> Estimate:
+        """What the run will take; asks PubMed for the number of papers only."""
+        ingest, caller = self.settings.ingest, self.job.caller
+        with configured(caller):
+            found = count(caller, self.job.query, self.job.whole)
+        rate = ingest.entrez_rate or (RATE_WITH_KEY if caller.key else RATE)
+        return of_query(found, limit=self.job.limit, batch=self.job.batch, cap=CAP, rate=rate)
+
+    def _fetch(self, counts: Counter[str]) -> tuple[Standing, list[Path]]:
+        """Fetch what is not kept yet; which records stand, and the kept batches in order."""
+        standing, files, job = Standing(), list[Path](), self.job
+        with configured(job.caller):
+            plan = made_plan(job)
+            with Progress("ingest", self.settings, total=min(plan.found, job.limit)) as progress:
+                for path, records in fetched(job, plan, counts, progress.advance):
+                    for position, (pmid, version) in enumerate(records):
+                        if pmid:
+                            standing.add(pmid, Place(len(files), position, version))
+                        else:
+                            drop(counts, "no_pmid")
+                    counts["read"] += len(records)
+                    files.append(path)
+        counts["missing"] = counts["asked"] - counts["read"]
         if counts["missing"]:
-            log.warning("NCBI sent fewer papers than it found", asked=asked, read=len(fetched))
-        return fetched
+            structlog.get_logger().warning(
+                "NCBI sent fewer papers than it found", asked=counts["asked"], read=counts["read"]
+            )
+        return standing, files
 
-    def _fetch(self, found: Found, start: int, size: int) -> list[tuple[int, Paper]]:
-        parameters = {
-            "db": "pubmed",
-            "WebEnv": found.web_env,
-            "query_key": found.query_key,
-            "retstart": start,
-            "retmax": size,
-            "retmode": "xml",
-        }
-        batch = call(self.caller, Entrez.efetch, parameters, read_batch)
-        if len(batch) < size:  # a whole reply with records lacking: once more, then what is there is taken and counted
-            batch = max(batch, call(self.caller, Entrez.efetch, parameters, read_batch), key=len)
-        return batch
+
+def make_caller(settings: Settings, ended: threading.Event) -> Caller:
+    """The caller of these settings and of the environment's key; its waits end when the run has `ended`."""
+    ingest = settings.ingest
+    contact, key = checked_contact(ingest.email), read_key(os.environ)
+    return Caller(
+        base_url=ingest.entrez_url,
+        contact=contact,
+        key=key,
+        timeout_s=ingest.entrez_timeout_s,
+        tries=ingest.entrez_tries,
+        pace=make_pace(settings.redis, rate=ingest.entrez_rate, contact=contact, key=key),
+        retries=threading.Semaphore(ingest.entrez_retry_budget),
+        sleep=ended.wait,
+    )
+
+
+def whole_window(ingest: IngestSettings, today: date) -> Window:
+    """The window of the whole query: of the dates that are set, or of any day. E-utilities take no half-open range."""
+    if not (ingest.date_from or ingest.date_to):
+        return Window()
+    every_day = open_days(today)
+    first = ingest.date_from or min(every_day.first, ingest.date_to or every_day.first)
+    return Window(Days(first, ingest.date_to or max(every_day.last, first)))
+
+
+def checked_query(ingest: IngestSettings) -> str:
+    """The query; UsageError when there is none or its dates are in the wrong order."""
+    if not ingest.query or not ingest.query.strip():
+        raise UsageError("the source is entrez, but there is no query; set DRZERO_INGEST__QUERY")
+    if ingest.date_from and ingest.date_to and ingest.date_from > ingest.date_to:
+        raise UsageError(
+            f"DRZERO_INGEST__DATE_FROM is {ingest.date_from}, after DRZERO_INGEST__DATE_TO {ingest.date_to}"
+        )
+    return ingest.query
 
 
 def checked_contact(address: str | None) -> str:
@@ -152,38 +170,8 @@ def read_key(environ: Mapping[str, str]) -> str | None:
     return Path(path).read_text(encoding="utf-8").strip() or None
 
 
-def search_parameters(ingest: IngestSettings) -> dict[str, Any]:
-    """ESearch's parameters; the dates are publication dates, both ends included."""
-    parameters: dict[str, Any] = {"db": "pubmed", "term": ingest.query, "usehistory": "y", "retmax": 0}
-    if ingest.date_from or ingest.date_to:
-        parameters |= {
-            "datetype": "pdat",
-            "mindate": _day(ingest.date_from, OPEN_START),
-            "maxdate": _day(ingest.date_to, OPEN_END),
-        }
-    return parameters
-
-
-def read_search(body: bytes) -> Found:
-    """ESearch's reply; ErrorReply when it is something else."""
-    root = reply_root(body, "eSearchResult")
-    count = root.findtext("Count") or ""
-    if not count.isdecimal():
-        raise ErrorReply(f"ESearch's Count is {count!r}, expected a number")
-    env, key = root.findtext("WebEnv") or "", root.findtext("QueryKey") or ""
-    if int(count) and not (env and key):
-        raise ErrorReply("ESearch found papers, but its reply lacks WebEnv and QueryKey")
-    unknown = [e.text for name in ("PhraseNotFound", "FieldNotFound") for e in root.iter(name) if e.text]
-    return Found(int(count), env, key, f" (not understood: {', '.join(unknown)})" if unknown else "")
-
-
-def read_batch(body: bytes) -> list[tuple[int, Paper]]:
-    """PMID versions and papers of EFetch's reply; ErrorReply when it is something else, MalformedXml when cut off."""
-    if b"<PubmedArticleSet" not in body[:2000]:
-        reply_root(body, "PubmedArticleSet")
-    records = read_records(io.BytesIO(body))
-    return [(record.version, record.paper()) for record in records if isinstance(record, Record)]
-
-
-def _day(day: date | None, default: str) -> str:
-    return default if day is None else day.strftime("%Y/%m/%d")
+def _standing_papers(files: list[Path], standing: Standing) -> Iterator[Paper]:
+    for number, path in enumerate(files):
+        for position, record in enumerate(records_of(read_kept(path), checked=True)):
+            if standing.stands(record.pmid, file=number, position=position):
+                yield record.paper()

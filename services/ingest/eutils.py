@@ -1,34 +1,43 @@
-"""Calls to NCBI's E-utilities through Bio.Entrez: base address, time limit, retries and error replies.
+"""Calls to NCBI's E-utilities through Bio.Entrez: base address, time limit, pace, retries and error replies.
 
 In: the name of a utility and its parameters. Out: the body of a reply that a given reader accepts. Errors are those of
 `shared.clients`: Unavailable (no good reply after all tries), Refused (4xx), BadReply (200, but not what was asked,
-after all tries). Bio.Entrez keeps its own pace of calls (3 a second, 10 with a key); the retries are ours, because
-Bio.Entrez repeats a 429 at once and knows neither `Retry-After` nor an error inside a 200. The key never leaves the
-request: it is cut out of every text that could reach a log, since NCBI's own error replies echo it.
+after all tries), and its kind HistoryLost (the kept search is gone: search again). Calls may come from many threads;
+`pace` spaces them, tries included, and a `Retry-After` stops all of them. The retries are ours, because Bio.Entrez
+repeats a 429 at once and knows neither `Retry-After` nor an error inside a 200. The key never leaves the request: it is
+cut out of every text that could reach a log, since NCBI's own error replies echo it.
 """
 
 import email.utils
 import http.client
 import random
+import re
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from urllib.error import HTTPError
 
 import structlog
 from Bio import Entrez
 
+from services.ingest.pace import Pace
 from services.ingest.pubmed_xml import Element, MalformedXml, read_reply
-from shared.clients import BadReply, Refused, Unavailable
+from shared.clients import BadReply, Refused, ServiceError, Unavailable
 
 SERVICE = "NCBI E-utilities"
 HOME = "https://eutils.ncbi.nlm.nih.gov/entrez/eutils"  # written into the functions of Bio.Entrez
 FIRST_WAIT_S = 1.0
+LONGEST_STEP_S = 60.0  # up to which waits double
 LONGEST_WAIT_S = 600.0  # NCBI blocks a client for longer than that only on purpose
+RETRY_BUDGET = 1000
 RETRIED_STATUS = frozenset({408, 429, 500, 502, 503, 504})
+LOST_HISTORY = re.compile(
+    r"unable to obtain query|cannot retrieve history|(webenv|query_key)\b.*\b(expired|not found|invalid)", re.I
+)
 T = TypeVar("T")
 
 
@@ -36,50 +45,60 @@ class ErrorReply(ValueError):
     """A 200 whose body says that something went wrong, in NCBI's words."""
 
 
+class HistoryLost(BadReply):
+    """NCBI no longer has the search whose papers were asked for."""
+
+
 @dataclass(frozen=True)
 class Caller:
-    """Who calls, and how patiently. `sleep` waits between tries."""
+    """Who calls, at which pace, and how patiently.
+
+    `retries` is what is left to the run, over all calls. `sleep` waits between tries and says True when the run ends.
+    """
 
     base_url: str
     contact: str
     key: str | None
     timeout_s: float
     tries: int
-    sleep: Callable[[float], None] = time.sleep
+    pace: Pace
+    retries: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(RETRY_BUDGET))
+    sleep: Callable[[float], bool | None] = time.sleep
+    first_wait_s: float = FIRST_WAIT_S
 
 
-class _Direct(urllib.request.BaseHandler):
-    """Sends Bio.Entrez's calls to another base address and gives them a time limit.
+class _Fault(Exception):
+    """Why one try failed that may be made again; `failed` is the error when it is not."""
 
-    Bio.Entrez has neither setting: the address is a constant in each of its functions, and it opens the request without
-    a timeout. urllib's opener is the public place where both can be said without copying or patching Bio.Entrez.
-    """
-
-    handler_order = 100  # before urllib's own handler writes the Host header
-
-    def __init__(self, base_url: str, timeout_s: float) -> None:
-        self.base_url = base_url.rstrip("/")
-        self.timeout_s = timeout_s
-
-    def https_request(self, request: urllib.request.Request) -> urllib.request.Request:
-        if request.full_url.startswith(HOME):
-            request.full_url = self.base_url + request.full_url.removeprefix(HOME)
-            request.timeout = self.timeout_s
-        return request
+    def __init__(self, problem: str, failed: type[ServiceError] = Unavailable, after: str | None = None) -> None:
+        super().__init__(problem)
+        self.failed = failed
+        self.after_s = retry_after(after)
 
 
 @contextmanager
 def configured(caller: Caller) -> Iterator[None]:
-    """Bio.Entrez, which is configured by its module's globals, set up for this caller inside the block."""
-    before = (Entrez.email, Entrez.tool, Entrez.api_key, Entrez.max_tries)
-    opener = urllib.request._opener  # type: ignore[attr-defined]  # urllib has a setter for it, but no getter
-    urllib.request.install_opener(urllib.request.build_opener(_Direct(caller.base_url, caller.timeout_s)))
-    Entrez.email, Entrez.tool, Entrez.api_key, Entrez.max_tries = caller.contact, "drzero-biomedical", caller.key, 1
+    """Bio.Entrez, which is configured by its module's globals, set up for this caller inside the block.
+
+    Bio.Entrez has no setting for the base address or a time limit, and its own pause between calls is neither safe
+    between threads nor to be switched off. All three live in the one function that opens the requests it has built, so
+    that function is ours inside the block.
+    """
+    names = ("email", "tool", "api_key", "_open")
+    before = {name: getattr(Entrez, name) for name in names}
+    opener = urllib.request.build_opener()
+
+    def opened(request: urllib.request.Request) -> Any:
+        request.full_url = caller.base_url.rstrip("/") + request.full_url.removeprefix(HOME)
+        return opener.open(request, timeout=caller.timeout_s)
+
+    for name, value in zip(names, (caller.contact, "drzero-biomedical", caller.key, opened), strict=True):
+        setattr(Entrez, name, value)
     try:
         yield
     finally:
-        Entrez.email, Entrez.tool, Entrez.api_key, Entrez.max_tries = before
-        urllib.request.install_opener(opener)
+        for name, value in before.items():
+            setattr(Entrez, name, value)
 
 
 def call(caller: Caller, utility: Callable[..., Any], parameters: dict[str, Any], read: Callable[[bytes], T]) -> T:
@@ -88,34 +107,68 @@ def call(caller: Caller, utility: Callable[..., Any], parameters: dict[str, Any]
     `read` raises MalformedXml or ErrorReply for a body that is not what was asked; that is tried again too, because
     NCBI sends maintenance pages, back-end errors and cut-off bodies with status 200.
     """
-    log = structlog.get_logger()
-    wait = FIRST_WAIT_S
+    step = caller.first_wait_s
     for left in range(caller.tries - 1, -1, -1):
-        failed: type[Unavailable] | type[BadReply] = Unavailable
-        after = None
+        while wait := caller.pace.take():
+            _sleep(caller, wait)
         try:
-            with utility(**parameters) as handle:
-                body = handle.read()
-            return read(body.encode() if isinstance(body, str) else body)
-        except HTTPError as error:
-            with error:
-                text = _clean(error.read(500).decode("utf-8", "replace"), caller.key)
-                problem, after = f"status {error.code}: {text}", error.headers.get("Retry-After")
-            if error.code not in RETRIED_STATUS:
-                raise Refused(SERVICE, problem) from None
-        except (MalformedXml, ErrorReply) as error:
-            problem, failed = _clean(str(error), caller.key), BadReply
-        except (OSError, http.client.HTTPException) as error:  # no connection, time limit, cut-off body
-            problem = _clean(f"{type(error).__name__} {error}", caller.key)
-        if not left:
-            raise failed(SERVICE, f"no usable reply in {caller.tries} tries; the last one: {problem}")
-        pause = retry_after(after) or wait * random.uniform(0.75, 1.25)  # noqa: S311
-        if pause > LONGEST_WAIT_S:
-            raise Unavailable(SERVICE, f"asks to wait for {pause:.0f} s ({problem}); run again then")
-        log.warning("a call to NCBI failed and is tried again", problem=problem, wait_s=round(pause, 1), left=left)
-        caller.sleep(pause)
-        wait *= 2
+            return _once(caller, utility, parameters, read)
+        except _Fault as fault:
+            if not left:
+                text = f"no usable reply in {caller.tries} tries; the last one: {fault}"
+                raise fault.failed(SERVICE, text) from None
+            _wait_after(caller, fault, step, left)
+        step = min(2 * step, LONGEST_STEP_S)
     raise AssertionError("caller.tries is at least 1")
+
+
+def _once(caller: Caller, utility: Callable[..., Any], parameters: dict[str, Any], read: Callable[[bytes], T]) -> T:
+    try:
+        with utility(**parameters) as handle:
+            return read(handle.read())
+    except HTTPError as error:
+        with error:
+            problem = _clean(f"status {error.code}: {_text(error)}", caller.key)
+        if LOST_HISTORY.search(problem):
+            raise HistoryLost(SERVICE, problem) from None
+        if error.code not in RETRIED_STATUS:
+            raise Refused(SERVICE, problem) from None
+        raise _Fault(problem, after=error.headers.get("Retry-After")) from None
+    except (MalformedXml, ErrorReply) as error:
+        problem = _clean(str(error), caller.key)
+        if LOST_HISTORY.search(problem):
+            raise HistoryLost(SERVICE, problem) from None
+        raise _Fault(problem, BadReply) from None
+    except (OSError, http.client.HTTPException) as error:  # no connection, time limit, cut-off body
+        raise _Fault(_clean(f"{type(error).__name__} {error}", caller.key)) from None
+
+
+def _text(error: HTTPError) -> str:
+    try:
+        return error.read().decode("utf-8", "replace")[:1000]
+    except (OSError, http.client.HTTPException) as cut:  # it says neither what is wrong nor whose mistake it is
+        raise _Fault(f"status {error.code} {type(cut).__name__}") from None
+
+
+def _wait_after(caller: Caller, fault: _Fault, step: float, left: int) -> None:
+    """Wait for the next try: all callers when NCBI names a time, else this one."""
+    if not caller.retries.acquire(blocking=False):
+        raise Unavailable(SERVICE, f"failed too often in this run (DRZERO_INGEST__ENTREZ_RETRY_BUDGET): {fault}")
+    pause = fault.after_s or step * random.uniform(0.75, 1.25)  # noqa: S311
+    if pause > LONGEST_WAIT_S:
+        raise Unavailable(SERVICE, f"asks to wait for {pause:.0f} s ({fault}); run again then")
+    structlog.get_logger().warning(
+        "a call to NCBI failed and is tried again", problem=str(fault), wait_s=round(pause, 1), left=left
+    )
+    if fault.after_s:
+        caller.pace.hold(pause)
+    else:
+        _sleep(caller, pause)
+
+
+def _sleep(caller: Caller, seconds: float) -> None:
+    if caller.sleep(seconds):
+        raise Unavailable(SERVICE, "is not asked any more, because the run ends")
 
 
 def reply_root(body: bytes, expected: str) -> Element:

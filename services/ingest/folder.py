@@ -1,34 +1,61 @@
 """A folder of PubMed XML files to papers: baseline and update files, plain or gzip, read recursively.
 
-Two passes. The first reads PMIDs only and settles which record of each PMID stands (`versions`) and which files are
-malformed; the second parses the records that stand. So memory holds one small entry per PMID and never the texts,
-and nothing of a malformed file enters: a truncated file says nothing about what its lost half replaces or deletes.
-Files are taken in the order of their names, which NLM numbers through from the baseline to the newest update.
+Two passes, each over several files at once. The first reads PMIDs only and settles which record of each PMID stands
+(`versions`) and which files are malformed; the second parses the records that stand. So memory holds one small entry
+per PMID and the texts of a few files, and nothing of a malformed file enters: a truncated file says nothing about what
+its lost half replaces or deletes. Files are taken in the order of their names, which NLM numbers through from the
+baseline to the newest update. Where `<file>.md5` lies beside a file, a file that it does not fit is malformed.
 """
 
-import gzip
+import hashlib
 import json
-import zlib
+import os
+import pickle
+import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from itertools import zip_longest
+from operator import attrgetter
 from pathlib import Path
 from typing import IO, Any, cast
 
 import structlog
+from isal import igzip, isal_zlib
 
+from services.ingest.estimate import Estimate, of_files
+from services.ingest.filters import excluded_pmids, filter_settings, kept
 from services.ingest.pubmed_xml import Deletion, MalformedXml, Record, read_records
 from services.ingest.tally import drop
 from services.ingest.versions import Place, Standing
+from services.ingest.workers import in_order
 from shared.command import UsageError
 from shared.files import hash_file, hash_json
 from shared.progress import Progress
-from shared.records import Paper
+from shared.records import PAPER_FIELDS, Paper
 from shared.settings import Settings
 
 MALFORMED = "malformed.json"
 SUFFIXES = (".xml", ".xml.gz")
 GZIP_MAGIC = b"\x1f\x8b"
+MD5 = re.compile(r"\b[0-9a-fA-F]{32}\b")
+DAMAGED = (EOFError, igzip.BadGzipFile, cast(type[Exception], isal_zlib.IsalError))
+BATCH = 512  # papers that are packed and unpacked at once
+values_of = attrgetter(*PAPER_FIELDS)
+
+
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """What one file holds, in its order: PMID, version, and whether it is a deletion."""
+
+    path: Path
+    items: tuple[tuple[str, int, bool], ...]
+
+    @property
+    def records(self) -> int:
+        """Number of records."""
+        return sum(not deletes for _, _, deletes in self.items)
 
 
 class XmlFolder:
@@ -41,65 +68,82 @@ class XmlFolder:
         if folder is None:
             raise UsageError("the source is xml, but no folder is named; set DRZERO_INGEST__XML_DIR")
         self.folder = folder
+        self.excluded = excluded_pmids(settings.ingest)
         self.files = find_files(folder)
-        digests = [(str(p.relative_to(folder)), p.stat().st_size, hash_file(p)) for p in self.files]
+        digests = [(str(p.relative_to(folder)), p.stat().st_size, hash_file(p), told_md5(p)) for p in self.files]
         self.made_from: Mapping[str, str] = {"xml": hash_json(digests)}
-        self.shaped_by: Mapping[str, Any] = {"require_abstract": settings.ingest.require_abstract}
+        self.shaped_by: Mapping[str, Any] = filter_settings(settings.ingest, self.excluded)
+
+    def estimate(self) -> Estimate:
+        """From the sizes of the files."""
+        packed = [path for path in self.files if path.suffix.lower() == ".gz"]
+        total, of_packed = (sum(path.stat().st_size for path in paths) for paths in (self.files, packed))
+        return of_files(of_packed, total - of_packed, processes=self._processes)
+
+    def done(self) -> None:
+        """Nothing is kept."""
 
     def papers(self, counts: Counter[str], draft: Path) -> Iterator[Paper]:
         """The papers that stand, in the order of the files; writes `malformed.json` into the draft if any file is."""
-        log = structlog.get_logger()
         counts["files"] = len(self.files)
-        standing, malformed = self._scan(counts)
+        standing, wanted, malformed = self._scan(counts)
         counts["files_malformed"] = len(malformed)
         if malformed:
-            reasons = [{"file": str(p.relative_to(self.folder)), **why} for p, why in malformed.items()]
-            (draft / MALFORMED).write_text(json.dumps(reasons, indent=2) + "\n", encoding="utf-8")
+            (draft / MALFORMED).write_text(json.dumps(malformed, indent=2) + "\n", encoding="utf-8")
         drop(counts, "duplicate", standing.replaced)
         drop(counts, "deleted", standing.deleted)
-        log.info("all files are scanned", files=len(self.files), malformed=len(malformed), records=counts["read"])
-        with Progress("ingest", self.settings, total=len(standing.places)) as progress:
-            for number, path in enumerate(self.files):
-                if path in malformed:
-                    continue
-                for record in self._standing_records(number, path, standing):
-                    progress.advance()
-                    paper = record.paper()
-                    if self.settings.ingest.require_abstract and not paper.abstract:
-                        drop(counts, "no_abstract")
-                    else:
-                        yield paper
+        for place in standing.places.values():
+            wanted[place.file][1][place.position] = 1
+        total = len(standing.places)
+        del standing  # one flag a record is enough from here on
+        structlog.get_logger().info(
+            "all files are scanned", files=len(self.files), malformed=len(malformed), records=counts["read"]
+        )
+        tasks = [(path, bytes(flags)) for path, flags in wanted if any(flags)]
+        yield from kept(self._parsed(tasks, total), self.settings.ingest, self.excluded, counts)
 
-    def _scan(self, counts: Counter[str]) -> tuple[Standing, dict[Path, dict[str, Any]]]:
-        log = structlog.get_logger()
+    def _parsed(self, tasks: Sequence[tuple[Path, bytes]], total: int) -> Iterator[Paper]:
+        with (
+            Progress("ingest", self.settings, total=total) as progress,
+            closing(in_order(parse_file, tasks, self._processes)) as files,
+        ):
+            for batches in files:
+                for batch in batches:
+                    rows = pickle.loads(batch)  # noqa: S301 - written by our own worker
+                    for row in rows:
+                        progress.advance()
+                        yield Paper(*row)
+
+    @property
+    def _processes(self) -> int:
+        return min(self.settings.ingest.workers or os.cpu_count() or 1, len(self.files))
+
+    def _scan(self, counts: Counter[str]) -> tuple[Standing, list[tuple[Path, bytearray]], list[dict[str, Any]]]:
+        """What stands, every whole file with a flag for each of its records, and what is wrong with the others."""
         standing = Standing()
-        malformed: dict[Path, dict[str, Any]] = {}
-        with Progress("ingest-scan", self.settings, total=len(self.files), unit="file") as progress:
-            for number, path in enumerate(self.files):
-                try:
-                    items = scan_file(path, number)
-                except MalformedXml as error:
-                    if self.strict:
-                        raise UsageError(
-                            f"{named(path, error)}; repair or remove it, or run without --strict"
-                        ) from error
-                    log.warning("file is malformed and left out", file=str(path), line=error.line, reason=error.reason)
-                    malformed[path] = {"line": error.line, "reason": error.reason}
+        wanted: list[tuple[Path, bytearray]] = []
+        malformed: list[dict[str, Any]] = []
+        with (
+            Progress("ingest-scan", self.settings, total=len(self.files), unit="file") as progress,
+            closing(in_order(scanned, self.files, self._processes)) as scans,
+        ):
+            for path, scan in zip(self.files, scans, strict=True):
+                if isinstance(scan, MalformedXml):
+                    malformed.append(self._left_out(path, scan))
                 else:
-                    _settle(items, standing, counts)
-                    log.info("file is scanned", file=str(path), records=sum(isinstance(i[1], Place) for i in items))
+                    _settle(scan, len(wanted), standing, counts)
+                    wanted.append((path, bytearray(scan.records)))
+                    structlog.get_logger().info("file is scanned", file=str(path), records=scan.records)
                 progress.advance()
-        return standing, malformed
+        return standing, wanted, malformed
 
-    def _standing_records(self, number: int, path: Path, standing: Standing) -> Iterator[Record]:
-        try:
-            with opened(path) as stream:
-                records = (item for item in read_records(stream) if isinstance(item, Record))
-                for position, record in enumerate(records):
-                    if standing.stands(record.pmid, file=number, position=position):
-                        yield record
-        except MalformedXml as error:  # it was whole in the first pass
-            raise UsageError(f"{named(path, error)}: it changed while it was read; run again") from error
+    def _left_out(self, path: Path, error: MalformedXml) -> dict[str, Any]:
+        if self.strict:
+            raise UsageError(f"{named(path, error)}; repair or remove it, or run without --strict") from error
+        structlog.get_logger().warning(
+            "file is malformed and left out", file=str(path), line=error.line, reason=error.reason
+        )
+        return {"file": str(path.relative_to(self.folder)), "line": error.line, "reason": error.reason}
 
 
 def find_files(folder: Path) -> list[Path]:
@@ -118,18 +162,57 @@ def find_files(folder: Path) -> list[Path]:
     return sorted(files, key=lambda path: (path.name, str(path)))
 
 
-def scan_file(path: Path, number: int) -> list[tuple[str, Place | Deletion]]:
-    """PMID and place, or deletion, of everything in one file; MalformedXml when it does not read to its end."""
-    items: list[tuple[str, Place | Deletion]] = []
-    position = 0
+def scan_file(path: Path) -> Scan:
+    """All PMIDs of one file; MalformedXml when it is not what its `.md5` names or does not read to its end."""
+    told = told_md5(path)
+    if told is not None:
+        with path.open("rb") as raw:
+            found = hashlib.file_digest(raw, _md5).hexdigest()
+        if found != told:
+            raise MalformedXml(f"its MD5 is {found}, {path.name}.md5 says {told or 'nothing'}; download it again")
     with opened(path) as stream:
-        for item in read_records(stream):
-            if isinstance(item, Deletion):
-                items.append((item.pmid, item))
-            else:
-                items.append((item.pmid, Place(number, position, item.version)))
-                position += 1
-    return items
+        return Scan(path, tuple((i.pmid, i.version, isinstance(i, Deletion)) for i in read_records(stream)))
+
+
+def scanned(path: Path) -> Scan | MalformedXml:
+    """`scan_file` for a worker: the error is a result, so that the other files go on."""
+    try:
+        return scan_file(path)
+    except MalformedXml as error:
+        return error
+
+
+def parse_file(task: tuple[Path, bytes]) -> list[bytes]:
+    """The papers of one scanned file whose flag is 1, as pickled batches of `PAPER_FIELDS`; UsageError when it changed.
+
+    Packed, a file's papers take less memory while they wait for their turn, and pickle is slow with slotted classes.
+    """
+    path, flags = task
+    rows: list[tuple[Any, ...]] = []
+    batches: list[bytes] = []
+    try:
+        with opened(path) as stream:
+            records = (item for item in read_records(stream, checked=True) if isinstance(item, Record))
+            for record, flag in zip_longest(records, flags):
+                if record is None or flag is None:
+                    raise MalformedXml(f"expected {len(flags)} records, found another number")
+                if flag:
+                    rows.append(values_of(record.paper()))
+                if len(rows) == BATCH:
+                    batches.append(pickle.dumps(rows))
+                    rows = []
+    except MalformedXml as error:  # it was whole when it was scanned
+        raise UsageError(f"{named(path, error)}: it changed while it was read; run again") from error
+    return [*batches, pickle.dumps(rows)]
+
+
+def told_md5(path: Path) -> str | None:
+    """What `<file>.md5` says, in NLM's form or md5sum's; "" when it names no digest, None when there is none."""
+    beside = path.with_name(f"{path.name}.md5")
+    if not beside.is_file():
+        return None
+    found = MD5.search(beside.read_text(encoding="utf-8", errors="replace"))
+    return found.group().lower() if found else ""
 
 
 @contextmanager
@@ -139,8 +222,8 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
         packed = raw.read(2) == GZIP_MAGIC
         raw.seek(0)
         try:
-            yield cast(IO[bytes], gzip.GzipFile(fileobj=raw)) if packed else raw
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            yield cast(IO[bytes], igzip.IGzipFile(fileobj=raw)) if packed else raw  # type: ignore[no-untyped-call] # half typed
+        except DAMAGED as error:
             raise MalformedXml(f"damaged gzip: {error}") from error
 
 
@@ -149,14 +232,20 @@ def named(path: Path, error: MalformedXml) -> str:
     return f"{path} is not readable PubMed XML (line {error.line}: {error.reason})"
 
 
-def _settle(items: list[tuple[str, Place | Deletion]], standing: Standing, counts: Counter[str]) -> None:
-    for pmid, item in items:
-        if isinstance(item, Deletion):
+def _md5() -> Any:
+    return hashlib.md5(usedforsecurity=False)  # NLM's check of a download, not a signature
+
+
+def _settle(scan: Scan, number: int, standing: Standing, counts: Counter[str]) -> None:
+    position = 0
+    for pmid, version, deletes in scan.items:
+        if deletes:
             counts["deletions"] += 1
-            standing.delete(pmid, item.version)
+            standing.delete(pmid, version)
             continue
         counts["read"] += 1
         if pmid:
-            standing.add(pmid, item)
+            standing.add(pmid, Place(number, position, version))
         else:
             drop(counts, "no_pmid")
+        position += 1

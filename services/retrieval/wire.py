@@ -24,6 +24,17 @@ class Document(BaseModel):
     pub_date: str
     mesh_terms: list[str]
     doi: str
+    vernacular_title: str
+    journal_abbreviation: str
+    issn: str
+    pub_date_text: str
+    pmc: str
+    languages: list[str]
+    publication_types: list[str]
+    keywords: list[str]
+    mesh_headings: list[str]
+    links: list[str]
+    retracted: bool
     text: str
     contents: str
 

@@ -23,11 +23,11 @@ from shared.command import UsageError
 from shared.corpus import Corpus
 from shared.files import hash_json, publish, stale_reason
 from shared.model_files import resolve_model, weights_identity
+from shared.pmids import read_pmids
 from shared.records import Paper, Seed
 from shared.settings import Settings, TrainerSettings
 
 SOURCE = "search_biomedical_"  # followed by the number of hops; verl reports per data_source
-PMID = re.compile(r"[1-9][0-9]{0,9}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ def make_seeds(settings: Settings, paths: RunPaths, log: structlog.stdlib.BoundL
     trainer = settings.trainer
     corpus = Corpus(paths.corpus)
     model = resolve_model(trainer.actor.model, settings)
-    excluded = read_pmids(trainer.exclude_pmids)
+    excluded = read_pmids(trainer.exclude_pmids, "DRZERO_TRAINER__EXCLUDE_PMIDS")
     shape = seed_settings(trainer)
     origin = {
         "corpus": corpus.manifest.identity,
@@ -82,24 +82,6 @@ def seed_settings(trainer: TrainerSettings) -> dict[str, Any]:
 
 
 # --- which papers
-
-
-def read_pmids(files: Iterable[Path]) -> frozenset[str]:
-    """The PMIDs of text files, one a line; blank lines and what follows a # do not count. Raises UsageError."""
-    found: set[str] = set()
-    for file in files:
-        if not file.is_file():
-            raise UsageError(f"expected the file {file} of DRZERO_TRAINER__EXCLUDE_PMIDS, found none; mend the path")
-        lines = file.read_text(encoding="utf-8-sig", errors="replace").splitlines()
-        for number, line in enumerate(lines, start=1):
-            pmid = line.partition("#")[0].strip()
-            if pmid and not PMID.fullmatch(pmid):
-                raise UsageError(
-                    f"{file}, line {number}: expected one PMID, found {pmid[:40]!r}; mend the line or take the file "
-                    "out of DRZERO_TRAINER__EXCLUDE_PMIDS"
-                )
-            found |= {pmid} if pmid else set()
-    return frozenset(found)
 
 
 def qualifying_rows(
