@@ -79,7 +79,7 @@ class IngestSettings(Section):
     )
     xml_dir: Path | None = Field(None, description="Folder of PubMed XML files (.xml or .xml.gz), read recursively.")
     strict: bool = Field(False, description="Stop at the first malformed XML file instead of counting and skipping it.")
-    workers: int = Field(0, ge=0, description="Processes that read XML files; 0 is one per core.")
+    workers: int = Field(0, ge=0, description="Processes that read XML files; 0 is one per core, at most 8.")
     require_abstract: bool = Field(True, description="Drop records without an abstract (counted).")
     min_abstract_words: int = Field(0, ge=0, description="Drop records whose abstract is shorter, in words (counted).")
     languages: tuple[Language, ...] = Field(

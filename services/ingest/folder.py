@@ -41,6 +41,7 @@ SUFFIXES = (".xml", ".xml.gz")
 GZIP_MAGIC = b"\x1f\x8b"
 MD5 = re.compile(r"\b[0-9a-fA-F]{32}\b")
 DAMAGED = (EOFError, igzip.BadGzipFile, cast(type[Exception], isal_zlib.IsalError))
+MOST_PROCESSES = 8  # unless the settings name a number: each takes about 80 MB
 BATCH = 512  # papers that are packed and unpacked at once
 values_of = attrgetter(*PAPER_FIELDS)
 
@@ -116,7 +117,7 @@ class XmlFolder:
 
     @property
     def _processes(self) -> int:
-        return min(self.settings.ingest.workers or os.cpu_count() or 1, len(self.files))
+        return min(self.settings.ingest.workers or min(os.cpu_count() or 1, MOST_PROCESSES), len(self.files))
 
     def _scan(self, counts: Counter[str]) -> tuple[Standing, list[tuple[Path, bytearray]], list[dict[str, Any]]]:
         """What stands, every whole file with a flag for each of its records, and what is wrong with the others."""
