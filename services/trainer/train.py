@@ -139,7 +139,7 @@ def give_up(problem: str, good_step: int, paths: RunPaths) -> str:
     """Go back to the last checkpoint of at most step `good_step` after a fatal alarm; returns the words for it."""
     good = go_back(paths.checkpoints, paths.good, through=good_step)
     if good is None:
-        return f"training stopped: {problem}. There is no checkpoint from before that"
+        return f"training stopped: {problem}. There is no checkpoint from before that: the same command starts afresh"
     publish_last_good(paths, good)
     return (
         f"training stopped: {problem}. The last good checkpoint is that of step {good[0]}; its weights are in "
