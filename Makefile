@@ -107,7 +107,7 @@ requirements: venv  ## Compile all pins again from pyproject.toml (delete a file
 	$(COMPILE) $(UNIVERSAL) pyproject.toml --extra serving --extra models -c requirements.txt -o requirements-models.txt
 	for file in requirements.txt requirements-models.txt services/*/requirements.txt; do
 	  # Which build of torch fits is the machine's choice and a CPU build has no CUDA packages, so their pins stay out.
-	  sed -i -E '/^(nvidia|cuda)-/d' $$file
+	  sed -i -E '/^nvidia-ml-py=/!{/^(nvidia|cuda)-/d}' $$file
 	  # triton comes with CUDA's torch too, but xgrammar needs it everywhere.
 	  grep -q '^xgrammar=' $$file || sed -i '/^triton=/d' $$file
 	done
@@ -116,3 +116,5 @@ requirements: venv  ## Compile all pins again from pyproject.toml (delete a file
 	  -o services/trainer/requirements-gpu.txt
 	$(COMPILE) $(GPU) pyproject.toml services/solver/requirements-gpu.in --extra solver \
 	  -c services/trainer/requirements-gpu.txt -o services/solver/requirements-gpu.txt
+	$(COMPILE) $(GPU) pyproject.toml --extra retrieval -c services/trainer/requirements-gpu.txt \
+	  -o services/retrieval/requirements-gpu.txt

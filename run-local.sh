@@ -63,12 +63,13 @@ trap 'exit 130' INT
 trap 'exit 143' TERM
 
 settings=$("$PYTHON" -c '
+from shared.balance import addresses_in
 from shared.settings import SettingsError, load_settings
 try:
     s = load_settings()
 except SettingsError as error:
     raise SystemExit(f"make demo: {error}")
-print(s.retrieval.port, s.solver.port, s.trainer.port, s.retrieval.url, s.solver.url,
+print(s.retrieval.port, s.solver.port, s.trainer.port, " ".join(addresses_in(s.retrieval.url)), " ".join(addresses_in(s.solver.url)),
       s.storage.scratch_dir.absolute() / "logs", sep="\n")')
 {
   read -r retrieval_port && read -r solver_port && read -r trainer_port
@@ -88,7 +89,7 @@ step services.retrieval.build
 # In a session of its own: Ctrl-C goes to everything in the terminal's, and the services must outlive the trainer.
 setpriv --pdeathsig TERM setsid "$PYTHON" -m supervisor.supervisord -c supervisord.conf &
 services_pid=$!
-await retrieval "$retrieval_url/ready"
-await solver "$solver_url/health"
+for url in $retrieval_url; do await retrieval "$url/ready"; done
+for url in $solver_url; do await solver "$url/health"; done
 
 step services.trainer # prints where the report is

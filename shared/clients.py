@@ -9,27 +9,34 @@
 httpx's exceptions end here. Tried again is what passes by itself: 429, 503 and broken connections. The waits are 0.25,
 0.5, 1, 2, 4, 5, 5 … s, each times a random 0.5 to 1.5, so that callers that failed together do not come back together.
 A longer `Retry-After` (seconds or a date) takes the place of a wait, plus a random 0 to 0.25 s. A wait that would end
-after the patience is not begun: no call, its waits included, lasts longer than its patience.
+with no time left is not begun: no call, its waits included, lasts longer than its patience.
+
+A service may have several addresses (`balance.py`). Requests are spread over them; one that fails, with any 5xx too, is
+tried at once at the next address, and waits only when all have failed. So every request may be made twice. A failed
+address is set aside, and asked in the background how it is before it takes part again.
 """
 
 import asyncio
 import json
 import random
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import httpx
 
+from shared.balance import Address, Balance, addresses_in
 from shared.records import Completion, Hit, Paper
 
 FIRST_WAIT_S = 0.25
 LONGEST_WAIT_S = 5.0
+SHORTEST_TRY_S = 0.05  # a shorter one would only hide why those before it failed
 CONNECT_S = 5.0
+PROBE_S = 5.0  # longest wait for an address to say how it is
 KEEP_ALIVE_S = 4.0  # uvicorn hangs up on idle connections after 5 s; whoever lets go first must be us
 RETRIED_STATUS = frozenset({429, 503})
 FINISHED = ("stop", "length", "tool_calls")
@@ -61,12 +68,23 @@ class BadReply(ServiceError):
 
 
 @dataclass(frozen=True, slots=True)
-class _Fault:
-    """Why one try failed that may be made again; `after_s` is the wait that the service asks for."""
+class _Request:
+    """What is asked, the same at every address."""
 
+    method: str
+    path: str
+    content: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Fault:
+    """Why one try failed that may be made again; without an address when none could be asked."""
+
+    address: Address | None
     problem: str
-    after_s: float = 0.0
+    after_s: float = 0.0  # the wait that the service asks for
     overdue: bool = False
+    defect: bool = False  # waiting does not mend it, another address may
 
 
 class ServiceClient:
@@ -76,17 +94,22 @@ class ServiceClient:
     request, which at 160 of them takes ten times as long as the requests.
     """
 
+    PROBE: ClassVar = "/health"  # where a GET tells with status 200 that an address can take requests
+
     def __init__(
-        self, service: str, base_url: str, *, patience_s: float, timeout_s: float = 60.0, connections: int = 64
+        self, service: str, urls: str, *, patience_s: float, timeout_s: float = 60.0, connections: int = 64
     ) -> None:
-        """`patience_s` bounds a call with all its tries, `timeout_s` one try, from the request to the whole reply."""
+        """`urls` is one address or several separated by commas, which share the `connections`.
+
+        `patience_s` bounds a call with all its tries, `timeout_s` one try, from the request to the whole reply.
+        """
         self.service = service
-        self.base_url = base_url.rstrip("/")
         self.patience_s = patience_s
+        self._balance = Balance(service, addresses_in(urls), self._look)
         self._timeout_s = timeout_s
         self._tls = httpx.create_ssl_context(trust_env=False)
         self._places = asyncio.Semaphore(connections)
-        self._free: list[httpx.AsyncClient] = []
+        self._free: dict[Address, list[httpx.AsyncClient]] = {address: [] for address in self._balance.addresses}
 
     async def __aenter__(self) -> Self:
         return self
@@ -96,8 +119,10 @@ class ServiceClient:
 
     async def close(self) -> None:
         """Close the idle connections; those in use close when their call ends or is cancelled."""
-        while self._free:
-            await self._free.pop().aclose()
+        await self._balance.close()
+        for free in self._free.values():
+            while free:
+                await free.pop().aclose()
 
     async def call(
         self, method: str, path: str, body: dict[str, Any] | None = None, *, patience_s: float | None = None
@@ -107,35 +132,105 @@ class ServiceClient:
         give_up = time.monotonic() + patience
         # Half a surrogate pair, which a model can write as \ud800, is no UTF-8: it is sent as "?".
         content = None if body is None else json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
+        request = _Request(method, path, content)
         wait = FIRST_WAIT_S
         while True:
-            reply = await self._ask(method, path, content, left_s=give_up - time.monotonic())
+            reply = await self._ask_around(request, give_up)
             if isinstance(reply, httpx.Response):
                 return self._read(reply)
-            pause = max(wait * random.uniform(0.5, 1.5), reply.after_s)  # noqa: S311
-            if time.monotonic() + pause > give_up:
-                error = Overdue if reply.overdue else Unavailable
-                raise error(
-                    self.service, f"{self.base_url}{path} gave no answer within {patience:.0f} s ({reply.problem})"
-                )
+            if all(fault.defect for fault in reply):
+                raise Unavailable(self.service, self._problems(reply))
+            pause = max(wait * random.uniform(0.5, 1.5), self._asked_wait_s(reply))  # noqa: S311
+            if time.monotonic() + pause + SHORTEST_TRY_S > give_up:
+                error = Overdue if any(fault.overdue for fault in reply) else Unavailable
+                asked = ", ".join(f"{address.url}{path}" for address in self._balance.addresses)
+                raise error(self.service, f"{asked} gave no answer within {patience:.0f} s ({self._problems(reply)})")
             await asyncio.sleep(pause)
             wait = min(wait * 2, LONGEST_WAIT_S)
 
-    @asynccontextmanager
-    async def _connection(self) -> AsyncIterator[httpx.AsyncClient]:
-        """The connection that was free last, or a new one; one that met an error is not used again."""
-        async with self._places:
-            connection = self._free.pop() if self._free else self._connect()
-            try:
-                yield connection
-            except BaseException:
-                await connection.aclose()
-                raise
-            self._free.append(connection)
+    async def _ask_around(self, request: _Request, give_up: float) -> httpx.Response | list[_Fault]:
+        """The reply of the first address that gives one, or what was wrong at each that could be asked."""
+        faults: list[_Fault] = []
+        while True:
+            tried = [fault.address for fault in faults]
+            reply = await self._ask(request, tried, left_s=give_up - time.monotonic())
+            if isinstance(reply, httpx.Response):
+                return reply
+            faults.append(reply)
+            if time.monotonic() >= give_up or self._balance.choose([*tried, reply.address]) is None:
+                return faults
 
-    def _connect(self) -> httpx.AsyncClient:
+    async def _ask(
+        self, request: _Request, tried: Collection[Address | None], *, left_s: float
+    ) -> httpx.Response | _Fault:
+        """One try, at an address that is not among the `tried`."""
+        limit = min(left_s, self._timeout_s)
+        address = None
+        try:
+            async with asyncio.timeout(limit), self._places:
+                # Not chosen before there is a place: until then addresses fail and come back.
+                address = self._balance.choose(tried)
+                if address is None:
+                    return _Fault(None, "each asked for a longer wait")
+                was_aside = address.aside
+                reply = await self._send(address, request)
+        except TimeoutError:
+            if address is not None:
+                self._note_silence(address, limit)
+            return _Fault(address, f"no whole reply within {max(limit, 0):.1f} s", overdue=True)
+        if isinstance(reply, _Fault):
+            self._balance.set_aside(address, reply.problem, after_s=reply.after_s)
+        else:
+            address.succeed(was_aside=was_aside)
+        return reply
+
+    def _note_silence(self, address: Address, waited_s: float) -> None:
+        # Whoever has little patience left says nothing about the address; but it may hang.
+        if waited_s < self._timeout_s:
+            self._balance.look_at(address)
+        else:
+            self._balance.set_aside(address, f"no whole reply within {waited_s:.1f} s")
+
+    async def _send(self, address: Address, request: _Request) -> httpx.Response | _Fault:
+        headers = JSON if request.content else None
+        try:
+            async with self._connection(address) as http:
+                response = await http.request(request.method, request.path, content=request.content, headers=headers)
+        except httpx.TransportError as error:
+            return _Fault(address, f"{type(error).__name__} {error}".strip())
+        except httpx.DecodingError as error:
+            seen = f"{address.url}{request.path} sent a body that does not decode"
+            raise BadReply(self.service, seen) from error
+        return fault_told(address, response) or response
+
+    async def _look(self, address: Address) -> str:
+        """What is wrong with an address by its own account, "" for nothing."""
+        try:
+            # A connection of its own: it must not wait for a place behind requests.
+            async with asyncio.timeout(PROBE_S), self._connect(address) as http:
+                status = (await http.get(self.PROBE)).status_code
+        except (TimeoutError, httpx.HTTPError) as error:
+            return f"{self.PROBE} {type(error).__name__} {error}".strip()
+        return "" if status == httpx.codes.OK else f"{self.PROBE} {status}"
+
+    @asynccontextmanager
+    async def _connection(self, address: Address) -> AsyncIterator[httpx.AsyncClient]:
+        """The connection that was free last, or a new one; one that met an error is not used again."""
+        free = self._free[address]
+        connection = free.pop() if free else self._connect(address)
+        address.in_flight += 1
+        try:
+            yield connection
+        except BaseException:
+            await connection.aclose()
+            raise
+        finally:
+            address.in_flight -= 1
+        free.append(connection)
+
+    def _connect(self, address: Address) -> httpx.AsyncClient:
         return httpx.AsyncClient(
-            base_url=self.base_url,
+            base_url=address.url,
             # httpx bounds each read by itself: a server that trickles would never be too slow. See _ask.
             timeout=httpx.Timeout(None, connect=CONNECT_S),
             limits=httpx.Limits(max_connections=1, keepalive_expiry=KEEP_ALIVE_S),
@@ -143,23 +238,16 @@ class ServiceClient:
             verify=self._tls,
         )
 
-    async def _ask(self, method: str, path: str, content: bytes | None, *, left_s: float) -> httpx.Response | _Fault:
-        """One try."""
-        limit = min(left_s, self._timeout_s)
-        try:
-            async with asyncio.timeout(limit), self._connection() as http:
-                response = await http.request(method, path, content=content, headers=JSON if content else None)
-        except TimeoutError:
-            return _Fault(f"no whole reply within {max(limit, 0):.1f} s", overdue=True)
-        except httpx.TransportError as error:
-            return _Fault(f"{type(error).__name__} {error}".strip())
-        except httpx.DecodingError as error:
-            raise BadReply(self.service, f"{self.base_url}{path} sent a body that does not decode") from error
-        if response.status_code in RETRIED_STATUS:
-            asked = retry_after_s(response.headers.get("retry-after", ""), datetime.now(UTC))
-            after = asked + random.uniform(0, FIRST_WAIT_S) if asked > 0 else 0.0  # noqa: S311
-            return _Fault(f"status {response.status_code}: {response.text[:200]}", after_s=after)
-        return response
+    def _asked_wait_s(self, faults: Sequence[_Fault]) -> float:
+        """The time until an address may be asked again, plus a random bit; 0 when one is free of any wait."""
+        alone = len(self._balance.addresses) == 1
+        asked_s = faults[-1].after_s if alone else self._balance.opens_in_s()
+        return asked_s + random.uniform(0, FIRST_WAIT_S) if asked_s > 0 else 0.0  # noqa: S311
+
+    def _problems(self, faults: Sequence[_Fault]) -> str:
+        if len(self._balance.addresses) == 1:
+            return faults[-1].problem
+        return "; ".join(f"{f.address.url}: {f.problem}" if f.address else f.problem for f in faults)
 
     def _read(self, response: httpx.Response) -> Any:
         if response.is_success:
@@ -167,11 +255,8 @@ class ServiceClient:
                 return response.json()
             except (ValueError, RecursionError) as error:
                 raise BadReply(self.service, f"expected JSON, got {response.text[:200]!r}") from error
-        status = response.status_code
-        seen = f"{response.request.url.path} {status}: {response.text[:500]}"
-        if status >= 500:
-            raise Unavailable(self.service, seen)
-        if status >= 400:
+        seen = f"{response.request.url.path} {response.status_code}: {response.text[:500]}"
+        if response.status_code >= 400:
             raise Refused(self.service, seen)
         raise BadReply(self.service, f"expected status 200, got {seen}")
 
@@ -179,11 +264,13 @@ class ServiceClient:
 class SearchClient(ServiceClient):
     """Client of the retrieval service."""
 
-    def __init__(self, base_url: str, *, patience_s: float, connections: int = 64) -> None:
-        super().__init__("retrieval", base_url, patience_s=patience_s, connections=connections)
+    PROBE = "/ready"
+
+    def __init__(self, urls: str, *, patience_s: float, connections: int = 64) -> None:
+        super().__init__("retrieval", urls, patience_s=patience_s, connections=connections)
 
     async def search(self, queries: list[str], top_k: int, *, patience_s: float | None = None) -> list[list[Hit]]:
-        """Hits per query, best first, in the order of `queries`; of a query the first 1,000 characters count."""
+        """Hits per query, best first, in the order of `queries`."""
         body = {"queries": queries, "top_k": top_k}
         reply = await self.call("POST", "/search", body, patience_s=patience_s)
         try:
@@ -200,8 +287,8 @@ class SearchClient(ServiceClient):
 class SolverClient(ServiceClient):
     """Client of the solver service (OpenAI-compatible)."""
 
-    def __init__(self, base_url: str, *, patience_s: float, connections: int = 64) -> None:
-        super().__init__("solver", base_url, patience_s=patience_s, timeout_s=300.0, connections=connections)
+    def __init__(self, urls: str, *, patience_s: float, connections: int = 64) -> None:
+        super().__init__("solver", urls, patience_s=patience_s, timeout_s=300.0, connections=connections)
 
     async def chat(self, body: dict[str, Any], *, patience_s: float | None = None) -> Completion:
         """One reply of `POST /v1/chat/completions`."""
@@ -216,6 +303,17 @@ class SolverClient(ServiceClient):
             )
         except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
             raise BadReply(self.service, f"/v1/chat/completions lacks {error}") from error
+
+
+def fault_told(address: Address, response: httpx.Response) -> _Fault | None:
+    """The fault that a reply tells: busy (429, 503) or a defect (any other 5xx); None for a reply to be read."""
+    status = response.status_code
+    if status in RETRIED_STATUS:
+        after_s = retry_after_s(response.headers.get("retry-after", ""), datetime.now(UTC))
+        return _Fault(address, f"status {status}: {response.text[:200]}", after_s=after_s)
+    if status >= 500:
+        return _Fault(address, f"{response.request.url.path} {status}: {response.text[:500]}", defect=True)
+    return None
 
 
 def retry_after_s(header: str, now: datetime) -> float:

@@ -25,21 +25,19 @@ import structlog
 
 from shared.command import UsageError, run
 from shared.files import ArtifactError, free_gb
-from shared.hardware import Card, cards, memory_gb
+from shared.gpu import cards_wanted, described, gpu_settings, machine_problems, memory_problems, planned_gb
+from shared.hardware import Card, Gpus, gpus, memory_gb
 from shared.model_files import PACKAGE, package_file
 from shared.settings import IngestSettings, RedisSettings, Settings
 
 PYTHON_FROM, PYTHON_BELOW = (3, 11), (3, 13)  # verl 0.9.1 ends at 3.12
-MIN_DRIVER = 580  # torch 2.11 and SGLang 0.5.12 are built for CUDA 13
-MIN_COMPUTE = 8.0  # bfloat16 in hardware, which the GPU profiles train in
-MIN_CARD_GB = 22.0  # "24 GB" cards report 22.5; trained model, rollout engine and solver share one card
 # Free host memory, in GB, that a whole run of the profile takes on one machine.
 MEMORY_GB = {
     "demo": 10.0,  # measured 9.8: the updating worker 4.5, other processes of verl and Ray 4, solver 0.9, search 0.4
     "a100x1": 64.0,  # a 3B model's float32 weights and Adam states between phases (36), object store (8), processes
     "a100x8": 128.0,  # nothing is offloaded; eight ranks load and save the model, eight solvers load it
+    "rtx24": 32.0,  # a 1.5B model's float32 weights (6), the rollout engine's copy (3), object store (8), processes
 }
-CARD_GB = {"a100x1": 75.0, "a100x8": 75.0}  # the cards the profile's shares are tuned for
 PROBE_S = 3.0
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
@@ -141,50 +139,36 @@ def check_shared_memory(free: float, wanted: float) -> Finding:
     return Finding("warn", "shared memory", f"{free:.1f} GB free in /dev/shm", remedy)
 
 
-def gpu_users(settings: Settings) -> list[str]:
-    """The settings that ask for an NVIDIA GPU, as `name=value`."""
-    asks = {
-        "trainer.actor.device": settings.trainer.actor.device,
-        "trainer.actor.rollout_engine": settings.trainer.actor.rollout_engine,
-        "solver.engine": settings.solver.engine,
-        "retrieval.encoder.device": settings.retrieval.encoder.device,
-    }
-    return [f"{name}={value}" for name, value in asks.items() if value.split(":")[0] in ("cuda", "sglang")]
-
-
-def check_cards(settings: Settings, found: Sequence[Card]) -> list[Finding]:
-    """As many GPUs as the settings use, each new, large and free enough; nothing when no setting asks for one."""
-    users = gpu_users(settings)
-    if not users:
+def check_cards(settings: Settings, found: Gpus | None) -> list[Finding]:
+    """As many GPUs as the settings use, each new, idle and large enough; nothing when no setting asks for one."""
+    asking = gpu_settings(settings)
+    if not asking:
         return []
-    sglang = (
-        settings.solver.sglang.tp_size * settings.solver.sglang.dp_size if settings.solver.engine == "sglang" else 1
-    )
-    wanted = max(settings.trainer.actor.gpus if settings.trainer.actor.device == "cuda" else 1, sglang)
-    if len(found) < wanted:
-        remedy = (
-            f"expected {wanted} because of {', '.join(users)}; check that nvidia-smi lists them (in a container: "
-            "compose.gpu.yaml), or use DRZERO_PROFILE=demo"
-        )
-        return [Finding("FAIL", "gpu", f"{len(found)} NVIDIA GPUs", remedy)]
-    return [_check_card(f"gpu {number}", card, settings.profile) for number, card in enumerate(found)]
+    wanted = max(cards_wanted(settings, service) for service in ("retrieval", "solver", "trainer"))
+    problems = machine_problems(found, wanted, [f"{name}={value}" for name, value in asking.items()])
+    if problems or found is None:
+        return [Finding("FAIL", "gpu", problem) for problem in problems]
+    used = found.cards[:wanted]
+    driver = Finding("ok", "gpu driver", f"{found.driver}, CUDA {found.cuda}")
+    return [driver, *(_check_idle(f"gpu {n}", card) for n, card in enumerate(used)), _check_plan(settings, used)]
 
 
-def _check_card(name: str, card: Card, profile: str) -> Finding:
-    text = f"{card.name}, {card.memory_gb:.0f} GB, driver {card.driver}, compute capability {card.compute}"
-    if int(card.driver.split(".")[0]) < MIN_DRIVER:
-        return Finding("FAIL", name, text, f"expected driver {MIN_DRIVER} or newer; update it")
-    if card.compute < MIN_COMPUTE:
-        return Finding("FAIL", name, text, f"expected compute capability {MIN_COMPUTE} (Ampere) or newer")
-    if card.memory_gb < MIN_CARD_GB:
-        return Finding("FAIL", name, text, "expected 24 GB or more; use a larger GPU or DRZERO_PROFILE=demo")
-    if card.memory_gb < CARD_GB.get(profile, 0.0):
-        return Finding("warn", name, text, f"profile {profile} is tuned for 80 GB; use smaller models or batches")
+def _check_idle(name: str, card: Card) -> Finding:
     if card.free_gb < 0.9 * card.memory_gb:
-        return Finding(
-            "warn", name, f"{text}, {card.free_gb:.0f} GB free", "expected it idle; nvidia-smi lists its users"
-        )
-    return Finding("ok", name, text)
+        return Finding("warn", name, described(card), "expected it idle; nvidia-smi lists its users")
+    return Finding("ok", name, described(card))
+
+
+def _check_plan(settings: Settings, used: Sequence[Card]) -> Finding:
+    """What the services take of a card together, `python -m shared.memory_plan`."""
+    if problems := memory_problems(settings, used):
+        level: Level = "FAIL" if settings.gpu_plan == "refuse" else "warn"
+        return Finding(level, "gpu memory", "; ".join(problems))
+    smallest = min(card.memory_gb for card in used)
+    planned = planned_gb(settings, smallest)
+    if planned is None:
+        return Finding("warn", "gpu memory", "no plan yet", "it needs the config.json of each model; download them")
+    return Finding("ok", "gpu memory", f"{planned:.0f} of {smallest:.0f} GB planned")
 
 
 def check_model(variable: str, reference: str) -> Finding:
@@ -289,7 +273,7 @@ def examine(settings: Settings, *, ports_free: bool = False) -> list[Finding]:
     if shared_memory.is_dir():  # Linux only; elsewhere Ray keeps its objects in files anyway
         free = shutil.disk_usage(shared_memory).free / 1e9
         findings.append(check_shared_memory(free, settings.trainer.object_store_gb))
-    findings += check_cards(settings, cards() if gpu_users(settings) else [])
+    findings += check_cards(settings, gpus() if gpu_settings(settings) else None)
     models = {
         settings.retrieval.encoder.model: "DRZERO_RETRIEVAL__ENCODER__MODEL",
         settings.trainer.actor.model: "DRZERO_TRAINER__ACTOR__MODEL",

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
-FORMAT = 1  # raised when the meaning of an artifact's files changes
+FORMAT = 2  # raised when the meaning of an artifact's files changes
 
 
 class ArtifactError(RuntimeError):

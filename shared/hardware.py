@@ -1,9 +1,11 @@
 """What this machine can do, read without torch: processors, memory, bf16, NVIDIA cards."""
 
 import os
-import subprocess
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 # Limit, use and reclaimable cache of a container's memory, under /sys/fs/cgroup: version 2, then version 1.
 CONTAINER_MEMORY = (
@@ -12,15 +14,26 @@ CONTAINER_MEMORY = (
 )
 
 
+GIB = 2**30  # a card's "GB": the 80 GB of an A100 are 80 of these
+
+
 @dataclass(frozen=True, slots=True)
 class Card:
-    """One NVIDIA GPU as nvidia-smi names it."""
+    """One NVIDIA GPU; memory in GB of 2³⁰ bytes, compute capability as (major, minor)."""
 
     name: str
-    driver: str
     memory_gb: float
     free_gb: float
-    compute: float
+    compute: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Gpus:
+    """The driver, the newest CUDA version that it runs, and the cards a process may use."""
+
+    driver: str
+    cuda: str
+    cards: tuple[Card, ...]
 
 
 def cpu_dtype(wanted: str) -> str:
@@ -51,24 +64,47 @@ def memory_gb(root: Path = Path("/")) -> tuple[float, float]:
     return total, available
 
 
-def cards() -> list[Card]:
-    """The NVIDIA GPUs of this machine; empty when there is no driver."""
-    fields = "name,driver_version,memory.total,memory.free,compute_cap"
-    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+def gpus() -> Gpus | None:
+    """The NVIDIA GPUs that this process may use, by NVML; None where no driver answers."""
+    import pynvml
+
     try:
-        lines = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()
-    except (OSError, subprocess.SubprocessError):
-        return []
-    found = []
-    for line in lines:
-        name, driver, total, free, compute = (part.strip() for part in line.split(","))
-        found.append(Card(name, driver, _number(total) / 1024, _number(free) / 1024, _number(compute)))
-    return found
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    try:
+        cuda = pynvml.nvmlSystemGetCudaDriverVersion_v2()
+        return Gpus(
+            driver=pynvml.nvmlSystemGetDriverVersion(),
+            cuda=f"{cuda // 1000}.{cuda % 1000 // 10}",
+            cards=tuple(_card(handle) for handle in _handles(os.environ.get("CUDA_VISIBLE_DEVICES"))),
+        )
+    finally:
+        pynvml.nvmlShutdown()
 
 
-def _number(text: str) -> float:
-    """A field of nvidia-smi; 0 for "[N/A]", which it prints where a card does not tell."""
-    try:
-        return float(text)
-    except ValueError:
-        return 0.0
+def _handles(visible: str | None) -> Iterator[Any]:
+    """The cards in CUDA's own way of reading CUDA_VISIBLE_DEVICES: numbers or UUIDs, up to the first unknown one."""
+    import pynvml
+
+    names = map(str, range(pynvml.nvmlDeviceGetCount())) if visible is None else visible.split(",")
+    with suppress(pynvml.NVMLError, ValueError):
+        for name in names:
+            by_uuid = name.strip().startswith("GPU-")
+            yield (
+                pynvml.nvmlDeviceGetHandleByUUID(name.strip())
+                if by_uuid
+                else pynvml.nvmlDeviceGetHandleByIndex(int(name))
+            )
+
+
+def _card(handle: Any) -> Card:
+    import pynvml
+
+    memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+    return Card(
+        name=pynvml.nvmlDeviceGetName(handle),
+        memory_gb=memory.total / GIB,
+        free_gb=memory.free / GIB,
+        compute=pynvml.nvmlDeviceGetCudaComputeCapability(handle),
+    )

@@ -9,6 +9,11 @@ from shared.command import UsageError
 PMID = re.compile(r"[1-9][0-9]{0,9}")
 
 
+def number(text: str) -> int:
+    """The PMID as a number; 0 for what is none."""
+    return int(text) if PMID.fullmatch(text) else 0
+
+
 def read_pmids(files: Iterable[Path], variable: str) -> frozenset[str]:
     """The PMIDs of all files; UsageError, which names the variable that lists them, for a bad file or line."""
     found: set[str] = set()

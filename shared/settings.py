@@ -30,7 +30,9 @@ Seconds = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Bonus = Annotated[float, Field(ge=0, le=0.5)]
 Language = Annotated[str, Field(pattern=r"^\s*[A-Za-z]{3}\s*$")]
-Address = Annotated[str, Field(pattern=r"^https?://[^/\s]+(/\S*)?$")]
+ADDRESS = r"https?://[^/\s,]+(/[^\s,]*)?"
+Address = Annotated[str, Field(pattern=f"^{ADDRESS}$")]
+Addresses = Annotated[str, Field(pattern=rf"^{ADDRESS}(\s*,\s*{ADDRESS})*$")]  # for shared.balance.addresses_in
 
 
 class SettingsError(ValueError):
@@ -135,7 +137,10 @@ class RetrievalSettings(Section):
 
     host: str = Field("127.0.0.1", description="Address the service listens on.")
     port: Port = Field(8000, description="Port the service listens on.")
-    url: Address = Field("http://127.0.0.1:8000", description="Where clients find the service.")
+    url: Addresses = Field(
+        "http://127.0.0.1:8000",
+        description="Where clients find the service; several addresses, separated by commas, share the load.",
+    )
     encoder: EncoderSettings = EncoderSettings()
     top_k: Count = Field(3, description="Papers per query when a request names no number.")
     top_k_max: Count = Field(100, description="Largest number of papers per query that is accepted.")
@@ -149,7 +154,10 @@ class SglangSettings(Section):
 
     mem_fraction_static: Share = Field(0.2, description="Share of the free GPU memory for weights and KV cache.")
     tp_size: Count = Field(1, description="GPUs over which one copy of the model is split.")
-    dp_size: Count = Field(1, description="Copies of the model.")
+    dp_size: Count = Field(1, description="Copies of the model; `gpus` unless tp_size or this is given.")
+    chunked_prefill_tokens: Count = Field(
+        4096, description="Prompt tokens per forward pass, here and in rollouts; fewer take less memory."
+    )
     cuda_graph_max_bs: Count = Field(32, description="Largest batch captured as a CUDA graph; small starts fast.")
     attention_backend: str = Field("triton", description="SGLang attention kernels; triton needs no extra wheel.")
     sampling_backend: str = Field("pytorch", description="SGLang sampling kernels.")
@@ -166,7 +174,10 @@ class SolverSettings(Section):
     served_name: str = Field("solver", description="Model name that requests and /v1/models use.")
     host: str = Field("127.0.0.1", description="Address the service listens on.")
     port: Port = Field(8001, description="Port the service listens on.")
-    url: Address = Field("http://127.0.0.1:8001", description="Where clients find the service.")
+    url: Addresses = Field(
+        "http://127.0.0.1:8001",
+        description="Where clients find the service; several addresses, separated by commas, share the load.",
+    )
     context_tokens: int = Field(3072, ge=256, description="Most tokens of prompt and answer together.")
     max_running: Count = Field(64, description="Most requests generated at once; the rest wait in the queue.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
@@ -253,22 +264,42 @@ class ActorSettings(Section):
     learning_rate: float = Field(1e-6, gt=0, description="AdamW's step size.")
     warmup_share: float = Field(0.03, ge=0, lt=1, description="Share of the steps in which the rate rises.")
     max_grad_norm: float = Field(0.1, gt=0, description="Gradients are clipped to this norm.")
-    micro_batch: Count = Field(2, description="Sequences per forward and backward pass on one device.")
-    attention: str = Field("sdpa", description="transformers attention implementation of the trained model.")
+    micro_batch: Count = Field(
+        2,
+        description="Sequences of full length per forward and backward pass on one device; a packed pass takes as many "
+        "tokens.",
+    )
+    attention: str = Field(
+        "sdpa",
+        description="transformers attention implementation of the trained model; `varlen` is ours, which packs "
+        "sequences end to end instead of padding them.",
+    )
+    compile_layers: bool = Field(False, description="Compile the layers of a model with `varlen` attention.")
     master_dtype: Literal["float32", "bfloat16"] = Field("float32", description="Precision of the stored weights.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "bfloat16", description="Precision of the forward and backward pass; `auto` as for the solver."
     )
     gradient_checkpointing: bool = Field(True, description="Trade compute for memory in the backward pass.")
     offload: bool = Field(False, description="Keep parameters and optimizer state in host memory between phases.")
+    offload_update: bool = Field(
+        False,
+        description="Keep weights, gradients and optimizer state in host memory during updates too and step there: "
+        "slow, least GPU memory.",
+    )
     lora_rank: int = Field(0, ge=0, description="Rank of LoRA adapters; 0 trains all weights.")
-    gpus: Count = Field(1, description="Devices on this node (1 on a CPU).")
+    lora_alpha: Count = Field(32, description="LoRA adapters are scaled by lora_alpha over lora_rank.")
+    gpus: Count = Field(1, description="Devices on this node (1 on a CPU); the setting `gpus` unless this is given.")
     nodes: Count = Field(1, description="Nodes of the Ray cluster.")
     gpu_memory_utilization: Share = Field(0.35, description="Share of GPU memory for the rollout engine.")
     rollout_dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "bfloat16", description="Precision of the rollout weights; `auto` as for the solver."
     )
     rollout_threads: int = Field(0, ge=0, description="CPU threads of the transformers rollout; 0 lets torch decide.")
+
+    @property
+    def packed(self) -> bool:
+        """Whether sequences are trained end to end, without padding."""
+        return self.attention == "varlen"
 
 
 class TrainerSettings(Section):
@@ -353,6 +384,10 @@ class Settings(Section):
     """All settings of one installation."""
 
     profile: str = Field("demo", description="Name of the profile these settings were read from.")
+    gpus: Count = Field(1, description="GPUs of this machine, each shared by trainer and solver; divides the batch.")
+    gpu_plan: Literal["refuse", "warn"] = Field(
+        "refuse", description="What a GPU service does at its start when `python -m shared.memory_plan` exceeds a card."
+    )
     storage: StorageSettings = StorageSettings()
     log: LogSettings = LogSettings()
     redis: RedisSettings = RedisSettings()
@@ -408,14 +443,16 @@ def build_settings(environ: Mapping[str, str]) -> Settings:
     known = known_variables()
     for key in given:
         if key not in known:
-            close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-            hint = f"; did you mean {close[0]}?" if close else "; `make settings` lists all"
+            names = [name.removeprefix(PREFIX) for name in known]
+            close = difflib.get_close_matches(key.removeprefix(PREFIX), names, n=1, cutoff=0.6)
+            hint = f"; did you mean {PREFIX}{close[0]}?" if close else "; `make settings` lists all"
             raise SettingsError(f"unknown variable {key}{hint}")
     profile = given.get(f"{PREFIX}PROFILE", "demo")
     values = read_profile(profile)
     values["profile"] = profile
     for key, text in given.items():
         _put(values, known[key], text)
+    _share_out_gpus(values)
     try:
         return Settings.model_validate(values)
     except ValidationError as error:
@@ -433,6 +470,16 @@ def _put(values: dict[str, Any], path: tuple[str, ...], text: str) -> None:
         values = values.setdefault(key, {})
     # Only tuples need more than one value in a variable: "4,3,2,1".
     values[path[-1]] = text.split(",") if path[-1] in LISTS else text
+
+
+def _share_out_gpus(values: dict[str, Any]) -> None:
+    """Trainer and solver use all GPUs unless told otherwise; a wrong number is left to the schema's own error."""
+    if not str(values.get("gpus", "")).isdecimal():
+        return
+    values.setdefault("trainer", {}).setdefault("actor", {}).setdefault("gpus", values["gpus"])
+    sglang = values.setdefault("solver", {}).setdefault("sglang", {})
+    if "tp_size" not in sglang:
+        sglang.setdefault("dp_size", values["gpus"])
 
 
 def _explain(error: ValidationError, profile: str) -> str:

@@ -1,8 +1,9 @@
 """A local E-utilities server on a free port, for tests: ESearch and EFetch as NCBI answers them, and its faults.
 
-ESearch ignores the words of the term, but not its dates: `mindate`, `maxdate` with `datetype=pdat`, and a clause
-`"2020/01/01"[crdt] : "2020/01/31"[crdt]`. It lists the newest PMID first, lists no more than 9,999, refuses a later
-`retstart`, and keeps a search with `usehistory`. EFetch answers by history or by a list of ids; GET and POST.
+ESearch ignores the words of the term, but not its dates: `mindate`, `maxdate` with `datetype=pdat`, and clauses
+`"2020/01/01"[crdt] : "2020/01/31"[crdt]` and `"2020/01/01"[mdat] : "3000"[mdat]`. It lists the newest PMID first, lists
+no more than 9,999, refuses a later `retstart`, and keeps a search with `usehistory`. EFetch answers by history or by a
+list of ids; GET and POST. `papers` can be exchanged while it runs.
 
 Faults come in two ways. `faults` holds, per utility, replies that are given once each before the real ones: (status,
 headers, body), or the names "cut" (a body shorter than announced) and "hold" (no reply until `released` is set).
@@ -14,7 +15,7 @@ import re
 import threading
 import time
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date, timedelta
@@ -26,12 +27,13 @@ CAP = 9_999
 SLOW_S = 0.1
 ARTICLE = (
     '<PubmedArticle><MedlineCitation><PMID Version="1">{pmid}</PMID><Article><Journal><JournalIssue><PubDate>'
-    "<Year>{year}</Year></PubDate></JournalIssue><Title>J</Title></Journal><ArticleTitle>Title {pmid}.</ArticleTitle>"
+    "<Year>{year}</Year></PubDate></JournalIssue><Title>J</Title></Journal><ArticleTitle>{title}</ArticleTitle>"
     "{abstract}</Article></MedlineCitation></PubmedArticle>"
 )
 ABSTRACT = "<Abstract><AbstractText>Abstract of {pmid}.</AbstractText></Abstract>"
-KINDS = ("429", "429 retry-after", "5xx", "cut", "short", "error in 200", "html", "slow", "count", "lost")
+KINDS = ("429", "429 retry-after", "5xx", "cut", "short", "error in 200", "html", "slow", "count")
 CREATED = re.compile(r'"([\d/]+)"\[crdt\] : "([\d/]+)"\[crdt\]')
+MODIFIED = re.compile(r'"([\d/]+)"\[mdat\] : "3000"\[mdat\]')
 LOST = b"<eFetchResult><ERROR>Unable to obtain query #1</ERROR></eFetchResult>"
 BEYOND = (
     b"<eSearchResult><ERROR>Search Backend failed: Exception:\n'retstart' cannot be larger than 9998. For PubMed, "
@@ -46,16 +48,19 @@ class Held:
     published: date
     created: date
     pmid: int
+    modified: date | None = None  # the day of its creation unless it is named
+    title: str = ""
 
 
-def article(pmid: int, *, abstract: bool = True, year: int = 2020) -> str:
+def article(pmid: int, *, abstract: bool = True, year: int = 2020, title: str = "") -> str:
     """One minimal PubMed record."""
-    return ARTICLE.format(pmid=pmid, year=year, abstract=ABSTRACT.format(pmid=pmid) if abstract else "")
+    text = ABSTRACT.format(pmid=pmid) if abstract else ""
+    return ARTICLE.format(pmid=pmid, year=year, abstract=text, title=title or f"Title {pmid}.")
 
 
-def article_set(pmids: Sequence[int]) -> bytes:
+def article_set(pmids: Sequence[int], titles: Mapping[int, str] | None = None) -> bytes:
     """A `PubmedArticleSet` of minimal records."""
-    body = "".join(article(pmid) for pmid in pmids)
+    body = "".join(article(pmid, title=(titles or {}).get(pmid, "")) for pmid in pmids)
     return f'<?xml version="1.0"?>\n<PubmedArticleSet>{body}</PubmedArticleSet>'.encode()
 
 
@@ -74,8 +79,7 @@ class EutilsServer(ThreadingHTTPServer):
 
     def __init__(self, papers: Sequence[Held], rates: dict[str, float], seed: int) -> None:
         super().__init__(("127.0.0.1", 0), _Replies)
-        self.papers = sorted(papers)
-        self.days = [paper.published for paper in self.papers]
+        self.hold(papers)
         self.kept: dict[str, list[int]] = {}
         self.faults: dict[str, list[Any]] = {"esearch": [], "efetch": []}
         self.rates = rates
@@ -86,6 +90,12 @@ class EutilsServer(ThreadingHTTPServer):
         self.released = threading.Event()
         self.lock = threading.Condition()
         self._draw = random.Random(seed)  # noqa: S311
+
+    def hold(self, papers: Sequence[Held]) -> None:
+        """Hold these papers from now on."""
+        self.papers = sorted(papers, key=lambda paper: paper.published)
+        self.days = [paper.published for paper in self.papers]
+        self.titles = {paper.pmid: paper.title for paper in papers}
 
     @property
     def url(self) -> str:
@@ -123,6 +133,9 @@ class EutilsServer(ThreadingHTTPServer):
         created = CREATED.search(asked.get("term", ""))
         if created:
             papers = [p for p in papers if _day(created[1]) <= p.created <= _day(created[2])]
+        modified = MODIFIED.search(asked.get("term", ""))
+        if modified:
+            papers = [p for p in papers if (p.modified or p.created) >= _day(modified[1])]
         return sorted((paper.pmid for paper in papers), reverse=True)
 
     def esearch(self, asked: dict[str, str], fault: Any) -> bytes:
@@ -147,17 +160,16 @@ class EutilsServer(ThreadingHTTPServer):
 
     def efetch(self, asked: dict[str, str], fault: Any) -> bytes | tuple[int, dict[str, str], bytes]:
         if "id" in asked:
-            return article_set([int(pmid) for pmid in asked["id"].split(",")])
-        if fault == "lost":
-            self.kept[asked["WebEnv"]] = []
-        pmids, start = self.kept.get(asked["WebEnv"]), int(asked.get("retstart", 0))
-        if not pmids:  # as a 400 or inside a 200: NCBI does both
-            return LOST if start % 2 else (400, {}, LOST)
-        batch = pmids[start : start + int(asked["retmax"])]
-        if fault == "short":
+            batch = [pmid for pmid in map(int, asked["id"].split(",")) if pmid in self.titles]
+        else:
+            pmids, start = self.kept.get(asked["WebEnv"]), int(asked.get("retstart", 0))
+            if pmids is None:  # as a 400 or inside a 200: NCBI does both
+                return LOST if start % 2 else (400, {}, LOST)
+            batch = pmids[start : start + int(asked["retmax"])]
+        if fault == "short" and batch:
             with self.lock:
                 batch = self._draw.sample(batch, self._draw.randrange(len(batch)))
-        return article_set(batch)
+        return article_set(batch, self.titles)
 
 
 class _Replies(BaseHTTPRequestHandler):

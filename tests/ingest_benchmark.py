@@ -13,9 +13,9 @@ import resource
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable
 from multiprocessing import get_context
+from operator import add
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,6 +26,7 @@ from lxml import etree
 
 from services.ingest.folder import XmlFolder, opened
 from services.ingest.pubmed_xml import Record, read_records
+from services.ingest.store import Base
 from shared.settings import IngestSettings, Settings
 
 DEFAULT = Path(__file__).parents[2] / "shared" / "data" / "pubmed" / "full-xml"
@@ -85,13 +86,12 @@ def ingested(folder: Path, processes: int) -> tuple[float, int, float]:
     settings = Settings(ingest=IngestSettings(xml_dir=folder, workers=processes))
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as draft:
-        counts: Counter[str] = Counter()
-        for _ in XmlFolder(settings, strict=True).papers(counts, Path(draft)):
-            pass
+        change = XmlFolder(settings, strict=True).change(Base(), Path(draft))
+        number = sum(1 for _ in change.papers)
     seconds = time.perf_counter() - started
     parent, workers = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
     share = parent.ru_utime / (parent.ru_utime + workers.ru_utime)
-    return counts["read"] / seconds, max(parent.ru_maxrss, workers.ru_maxrss), share
+    return number / seconds, max(parent.ru_maxrss, workers.ru_maxrss), share
 
 
 def loops(processes: int) -> float:
@@ -107,12 +107,13 @@ def loops(processes: int) -> float:
 
 
 def alone(work: Callable[..., T], *arguments: object) -> T:
-    """The result of work in a process of its own."""
+    """The result of work in a process of its own; EOFError when it ends without one."""
     context = get_context("fork")
-    results = context.SimpleQueue()
-    process = context.Process(target=lambda: results.put(work(*arguments)))
+    results, sender = context.Pipe(duplex=False)
+    process = context.Process(target=lambda: sender.send(work(*arguments)))
     process.start()
-    result: T = results.get()
+    sender.close()  # so that only the process holds it
+    result: T = results.recv()
     process.join()
     return result
 
@@ -122,7 +123,9 @@ def copies(source: Path, folder: Path, number: int) -> None:
     with opened(source) as stream:
         content = stream.read()
     for copy in range(number):
-        changed = re.sub(rb"(<PMID[^>]*>)", rb"\g<1>%d00" % (copy + 1), content)
+        between = re.split(rb"(?<=>)\d+(?=</PMID>)", content)
+        numbers = (b"%d" % number for number in range(copy * 1_000_000 + 1, (copy + 1) * 1_000_000))
+        changed = between[0] + b"".join(map(add, numbers, between[1:]))
         with igzip.open(folder / f"copy{copy:04d}.xml.gz", "wb") as out:  # type: ignore[no-untyped-call] # half typed
             out.write(changed)
 

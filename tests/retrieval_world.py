@@ -5,7 +5,7 @@ import itertools
 import os
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,8 +13,6 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 
-from shared.corpus import write_shards
-from shared.files import publish
 from shared.records import Paper
 from shared.settings import Settings, build_settings
 
@@ -58,12 +56,6 @@ def environment(folder: Path, **more: str) -> dict[str, str]:
     """`variables` for a child process."""
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("DRZERO_")}
     return inherited | variables(folder, **more)
-
-
-def publish_corpus(folder: Path, papers: Sequence[Paper] = PAPERS) -> None:
-    """A corpus of these papers under `folder`."""
-    with publish(folder / "corpus", settings={}, made_from={"test": "papers"}) as draft:
-        draft.rows = write_shards(papers, draft.path, 50)
 
 
 @contextmanager

@@ -142,10 +142,6 @@ def test_the_ncbi_key_reaches_only_ingest(stack: Stack) -> None:
     assert holders == {"ingest"}
 
 
-def test_the_gpu_overlay_is_a_valid_project(stack: Stack) -> None:
-    stack.compose("-f", "compose.yaml", "-f", "compose.gpu.yaml", "config", "--quiet")
-
-
 def test_the_run_finishes_although_retrieval_is_killed(stack: Stack) -> None:
     assert stack.state("trainer")["State"]["Running"], "the run ended before retrieval could be killed"
     # A signal from the host, because the engine takes `docker kill` for a wish and would not restart the container.

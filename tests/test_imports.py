@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted(path for part in ("shared", "services") for path in (ROOT / part).rglob("*.py"))
 HEAVY = ("torch", "faiss", "verl", "lxml", "transformers", "ray", "sglang", "matplotlib")
 
-VERLS = ("agent_loop", "search_tool", "cpu_platform", "cpu_rollout", "verl_trainer")
+VERLS = ("agent_loop", "search_tool", "cpu_platform", "cpu_rollout", "verl_trainer", "packed_engine")
 # Files that may import the package, anywhere in them.
 ANYWHERE = {
     "verl": {f"services/trainer/{name}.py" for name in VERLS} | {"services/trainer/verl_main.py"},
@@ -23,6 +23,9 @@ ANYWHERE = {
         "services/trainer/publish.py",
         "services/trainer/cpu_platform.py",
         "services/trainer/cpu_rollout.py",
+        "services/trainer/packed_engine.py",
+        "services/trainer/token_log_probs.py",
+        "services/trainer/varlen.py",
         "services/trainer/verl_trainer.py",
         "shared/generation.py",
         "shared/model_files.py",
@@ -34,13 +37,18 @@ AT_TOP = {
     "verl": ANYWHERE["verl"] - {"services/trainer/verl_main.py"},
     "lxml": ANYWHERE["lxml"],
     "faiss": set[str](),
-    "torch": {"services/trainer/cpu_platform.py", "services/trainer/cpu_rollout.py"},
-    "transformers": set[str](),
+    "torch": {
+        f"services/trainer/{name}.py"
+        for name in ("cpu_platform", "cpu_rollout", "packed_engine", "token_log_probs", "varlen")
+    },
+    "transformers": {"services/trainer/varlen.py"},
 }
 # Modules that load a heavy package, because they or what they import may. `services.trainer.plugin` is what verl's
 # own workers import to register ours; on a CPU it loads them.
 LOADS = {path.removesuffix(".py").replace("/", ".") for path in AT_TOP["verl"] | AT_TOP["torch"]}
-LOADS |= {f"services.ingest.{name}" for name in ("pubmed_xml", "folder", "entrez", "eutils", "batches", "searches")}
+LOADS |= {
+    f"services.ingest.{name}" for name in ("pubmed_xml", "folder", "entrez", "eutils", "batches", "searches", "plan")
+}
 LOADS |= {"services.trainer.plugin"}
 
 LIST_LOADED = """

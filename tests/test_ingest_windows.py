@@ -3,13 +3,12 @@
 from collections import Counter
 from collections.abc import Callable
 from datetime import date, timedelta
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.ingest.windows import CAP, Days, Plan, Window, agreed, cut, open_days, read_plan, write_plan
+from services.ingest.windows import CAP, Days, Window, agreed, cut, open_days
 from shared.clients import BadReply
 from shared.command import UsageError
 
@@ -127,15 +126,3 @@ def test_a_number_is_agreed_when_it_comes_twice_or_is_known() -> None:
     numbers = iter(range(100))
     with pytest.raises(BadReply, match="different counts"):
         agreed(lambda: next(numbers))
-
-
-def test_a_plan_is_read_as_it_was_written(tmp_path: Path) -> None:
-    day = Days(date(2001, 1, 1), date(2001, 1, 1))
-    plan = Plan({Window(): 3, Window(day): 4, Window(day, day): 5}, 12, date(2026, 1, 1))
-    path = tmp_path / "job" / "plan.json"
-    assert read_plan(path) is None
-    write_plan(path, plan)
-    assert read_plan(path) == plan
-    kept = read_plan(path)
-    assert kept
-    assert list(kept.windows) == list(plan.windows)

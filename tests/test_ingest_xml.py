@@ -13,20 +13,22 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from eutils_server import article, article_set
 from hypothesis import given
 from hypothesis import strategies as st
 from ingest_command import ROOT, command, environment, ingest
 
-from services.ingest.filters import why_dropped
+from services.ingest.filters import Rules, fate
 from services.ingest.folder import find_files, opened, scan_file
 from services.ingest.pubmed_xml import Deletion, MalformedXml, Record, iso_date, medline_date, read_records, without
-from services.ingest.versions import Place, Standing
+from services.ingest.versions import Events, settled
 from services.ingest.workers import in_order
 from shared.command import UsageError
 from shared.corpus import Corpus
 from shared.files import read_manifest
+from shared.ledger import Ledger
 from shared.records import Paper
 from shared.settings import IngestSettings
 
@@ -92,6 +94,11 @@ def test_a_record_becomes_the_papers_fields_with_markup_as_text() -> None:
     ]
 
 
+def test_processing_instructions_are_not_text() -> None:
+    marked = RICH.replace("To <b>see</b>.", "To <?x y?>s<b>e<?z?>e</b>.").replace("</PMID>", "</PMID><?q?>", 1)
+    assert papers(in_set(marked, "<?between?>", marked)) == papers(in_set(RICH, RICH))
+
+
 def test_the_old_root_element_holds_citations_directly() -> None:
     inner = article(5).removeprefix("<PubmedArticle>").removesuffix("</PubmedArticle>")
     assert [p.pmid for p in papers(f"<MedlineCitationSet>{inner}</MedlineCitationSet>")] == ["5"]
@@ -147,16 +154,39 @@ def test_a_date_is_iso_as_far_as_its_parts_are_real(parts: tuple[str, ...], expe
     assert iso_date(*parts) == expected
 
 
-@given(st.lists(st.tuples(st.booleans(), st.integers(1, 4), st.integers(1, 3)), max_size=30))
-def test_every_record_met_stands_or_is_counted_once(events: list[tuple[bool, int, int]]) -> None:
-    standing, met = Standing(), 0
-    for position, (deletes, pmid, version) in enumerate(events):
-        if deletes:
-            standing.delete(str(pmid), version)
-        else:
-            standing.add(str(pmid), Place(0, position, version))
-            met += 1
-    assert met == len(standing.places) + standing.replaced + standing.deleted
+Met = list[tuple[bool, int, int]]  # deletes, PMID, version
+
+
+def after(met: Met, ledger: Ledger) -> tuple[Ledger, int, int]:
+    """The ledger with the events met, and how many records were replaced and deleted."""
+    deletes, pmids, versions = zip(*met, strict=True) if met else ((), (), ())
+    events = Events(np.array(pmids, np.int64), np.array(versions, np.uint8), np.array(deletes, bool))
+    found = settled(events, ledger)
+    number = int(found.stands.sum())
+    new = Ledger(
+        events.pmids[found.stands],
+        events.versions[found.stands],
+        np.zeros(number, np.uint8),
+        np.flatnonzero(found.stands).astype(np.int32),
+    )
+    return ledger.only(found.remains).joined(new), found.replaced, found.deleted
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 4), st.integers(1, 3)), max_size=30), st.integers(0, 30))
+def test_what_stands_is_what_a_plain_replay_leaves_in_one_run_or_in_two(met: Met, cut: int) -> None:
+    held: dict[int, int] = {}
+    records = 0
+    for deletes, pmid, version in met:
+        if pmid and held.get(pmid, 0) <= version:
+            held.pop(pmid, None) if deletes else held.update({pmid: version})
+        records += bool(pmid and not deletes)
+    whole, replaced, deleted = after(met, Ledger.empty())
+    assert dict(zip(whole.pmids.tolist(), whole.versions.tolist(), strict=True)) == held
+    assert records == len(held) + replaced + deleted
+    first, *gone = after(met[:cut], Ledger.empty())
+    both, *more = after(met[cut:], first)
+    assert (both.pmids.tolist(), both.versions.tolist()) == (whole.pmids.tolist(), whole.versions.tolist())
+    assert [a + b for a, b in zip(gone, more, strict=True)] == [replaced, deleted]
 
 
 def test_later_files_and_higher_versions_win_and_deletions_remove_what_came_before(tmp_path: Path) -> None:
@@ -191,26 +221,26 @@ PAPER = Paper("1", "T", "one two three", languages=("ENG",), publication_types=(
 
 
 @pytest.mark.parametrize(
-    ("changes", "settings", "reason"),
+    ("changes", "settings", "name"),
     [
-        ({}, {}, None),
+        ({}, {}, "kept"),
         ({"pmid": "7"}, {}, "excluded"),
         ({"retracted": True}, {}, "retracted"),
-        ({"retracted": True}, {"keep_retracted": True}, None),
+        ({"retracted": True}, {"keep_retracted": True}, "kept"),
         ({}, {"exclude_publication_types": ("News", "LETTER")}, "publication_type"),
-        ({}, {"languages": ("fre", "eng")}, None),
+        ({}, {"languages": ("fre", "eng")}, "kept"),
         ({}, {"languages": ("fre",)}, "language"),
-        ({"languages": ()}, {"languages": ("fre",)}, None),
+        ({"languages": ()}, {"languages": ("fre",)}, "language_unknown"),
         ({"abstract": ""}, {}, "no_abstract"),
-        ({"abstract": ""}, {"require_abstract": False, "min_abstract_words": 4}, None),
-        ({}, {"min_abstract_words": 3}, None),
+        ({"abstract": ""}, {"require_abstract": False, "min_abstract_words": 4}, "kept"),
+        ({}, {"min_abstract_words": 3}, "kept"),
         ({}, {"min_abstract_words": 4}, "short_abstract"),
     ],
 )
 def test_a_paper_is_dropped_for_the_first_rule_it_breaks(
-    changes: dict[str, Any], settings: dict[str, Any], reason: str | None
+    changes: dict[str, Any], settings: dict[str, Any], name: str
 ) -> None:
-    assert why_dropped(replace(PAPER, **changes), IngestSettings(**settings), frozenset({"7"})) == reason
+    assert fate(replace(PAPER, **changes), Rules(IngestSettings(**settings), frozenset({"7"}))) == name
 
 
 def test_filters_come_from_variables_and_count_what_they_drop(tmp_path: Path) -> None:
@@ -474,7 +504,7 @@ def test_a_killed_run_leaves_the_old_corpus_and_the_next_run_finishes(
     environ = environment(data, xml_dir=PUBMED)
     with subprocess.Popen(command(), cwd=ROOT, env=environ, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
-        next(line for line in process.stderr if "all files are scanned" in line)
+        next(line for line in process.stderr if "files are scanned" in line)
         process.send_signal(number)
         process.stderr.read()
     assert process.returncode == status

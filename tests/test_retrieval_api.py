@@ -10,7 +10,8 @@ from typing import Any
 import httpx
 import pytest
 import structlog
-from retrieval_world import PAPERS, needs_minilm, publish_corpus, serving, settings_for
+from corpora import publish_corpus
+from retrieval_world import PAPERS, needs_minilm, serving, settings_for
 
 from services.retrieval.app import create_app
 from services.retrieval.build import build

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import structlog
+from corpora import publish_corpus
 from hypothesis import given
 from hypothesis import strategies as st
-from retrieval_world import PAPERS, environment, needs_minilm, publish_corpus, settings_for
+from retrieval_world import PAPERS, environment, needs_minilm, settings_for
 
 from services.retrieval.build import build
 from services.retrieval.index import FlatIndex

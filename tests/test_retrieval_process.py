@@ -9,7 +9,8 @@ from pathlib import Path
 
 import httpx
 import structlog
-from retrieval_world import PAPERS, environment, needs_minilm, publish_corpus, settings_for
+from corpora import publish_corpus
+from retrieval_world import PAPERS, environment, needs_minilm, settings_for
 
 from services.retrieval.build import build
 from shared.clients import SearchClient

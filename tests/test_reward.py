@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,17 @@ def test_the_batch_entry_asks_the_named_model_as_often_as_told(settings: Setting
             ["search_biomedical_1"], [TURN], [None], [INFO], model_name="qwen", base_url=address, reward_rollout_n=4
         )
     assert models == {"qwen": 4}
+
+
+def test_of_two_solver_addresses_a_dead_one_costs_the_batch_entry_no_attempt(settings: Settings) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        dead = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    with serving(lambda _, __: chat_reply("<answer>AMPK</answer>")) as address:
+        [verdict] = reward.compute_biomedical_challenger_score_batch(
+            ["search_biomedical_1"], [TURN], [None], [INFO],
+            model_name="solver", base_url=f"{dead}/v1, {address}/v1/", reward_rollout_n=8,
+        )  # fmt: skip
+    assert (verdict["attempts_valid"], verdict["attempts_correct"]) == (8, 8)
 
 
 def test_the_batch_entry_reads_turns_and_results_of_a_decoded_response(settings: Settings) -> None:

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import structlog
+from corpora import publish_corpus
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_model import tiny_tokenizer
@@ -28,8 +29,7 @@ from services.trainer.seeds import (
     write_rows,
 )
 from shared.command import UsageError
-from shared.corpus import write_shards
-from shared.files import publish, read_manifest
+from shared.files import read_manifest
 from shared.model_files import CHAT_TEMPLATE
 from shared.pmids import read_pmids
 from shared.records import Paper, Seed
@@ -301,8 +301,7 @@ def make(data: Path, model: str, name: str) -> Path:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    with publish(tmp_path / "corpus", settings={}, made_from={}) as draft:
-        draft.rows = write_shards(PAPERS, draft.path, 64)
+    publish_corpus(tmp_path, PAPERS)
     (tmp_path / "excluded.txt").write_text("50\n51\n", encoding="utf-8")
     return tmp_path
 

@@ -50,12 +50,12 @@ def test_every_shipped_profile_parses_and_sets_only_what_exists(name: str) -> No
 
 
 def test_the_three_profiles_are_shipped_and_demo_is_the_default() -> None:
-    assert profiles() == ["a100x1", "a100x8", "demo"]
+    assert profiles() == ["a100x1", "a100x8", "demo", "rtx24"]
     assert build_settings({}).profile == "demo"
 
 
 def test_an_unknown_profile_lists_the_known_ones() -> None:
-    assert problem(PROFILE="dmeo") == "DRZERO_PROFILE is 'dmeo': expected one of a100x1, a100x8, demo"
+    assert problem(PROFILE="dmeo") == "DRZERO_PROFILE is 'dmeo': expected one of a100x1, a100x8, demo, rtx24"
 
 
 @pytest.mark.parametrize(
@@ -132,9 +132,9 @@ def test_an_empty_variable_is_unset() -> None:
 
 
 def test_variables_win_over_the_profile_and_the_profile_over_defaults() -> None:
-    assert build_settings({"DRZERO_PROFILE": "a100x1"}).trainer.seeds == 500
+    assert build_settings({"DRZERO_PROFILE": "a100x1"}).trainer.seeds == 1600
     settings = build_settings({"DRZERO_PROFILE": "a100x1", "DRZERO_TRAINER__SEEDS": "77"})
-    assert (settings.trainer.seeds, settings.trainer.steps) == (77, 15)
+    assert (settings.trainer.seeds, settings.trainer.steps) == (77, 50)
     assert build_settings({"DRZERO_TRAINER__HOP_RATIO": "1,0,0,2"}).trainer.hop_ratio == (1, 0, 0, 2)
 
 

@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from services.trainer import status
 from services.trainer.guards import NAMES, alarms
-from services.trainer.step_metrics import attempt_seconds, console_lines, percentile, shorten, step_metrics
+from services.trainer.step_metrics import attempt_seconds, console_lines, shorten, step_metrics
 from shared.settings import GuardSettings, TrainerSettings
 
 Verdict = dict[str, Any]
@@ -153,15 +153,6 @@ def test_times_are_those_of_attempts_and_of_the_questions_that_had_some() -> Non
     assert (numbers["seconds/attempt/p50"], numbers["seconds/attempt/max"]) == (2.0, 9.0)
     assert numbers["seconds/attempt/p95"] == pytest.approx(8.3)
     assert numbers["seconds/question/p50"] == numbers["seconds/question/max"] == 10.0
-
-
-@given(st.lists(st.floats(0, 1e6), min_size=1), st.floats(0, 1))
-def test_a_percentile_lies_among_its_values_and_grows_with_its_share(values: list[float], share: float) -> None:
-    found = percentile(values, share)
-    assert min(values) - 1e-6 <= found <= max(values) + 1e-6
-    assert found <= percentile(values, 1.0) + 1e-6
-    assert (percentile(values, 0.0), percentile(values, 1.0)) == (min(values), max(values))
-    assert percentile(values, 0.5) == pytest.approx(statistics.median(values))
 
 
 @given(steps)

@@ -2,8 +2,9 @@
 
 In: the settings of `DRZERO_INGEST__*`, or the flags that stand for some of them; the source is a folder of PubMed XML,
 an Entrez query or the shipped demo records. Out: `<data_dir>/corpus` (shards and a manifest with the fate of every
-record). A corpus that was made from the same input by the same settings is reused; an interrupted fetch goes on where
-it was. On an error or interruption the corpus of before stays as it was.
+record). A corpus that was made from the same input by the same settings is reused; one that lacks only what is new
+since is added to; an interrupted fetch goes on where it was. On an error or interruption the corpus of before stays as
+it was.
 Exit status: 0 done or reused, 1 a known error, 2 wrong settings, 130 interrupted.
 """
 
@@ -11,19 +12,18 @@ import argparse
 import json
 import os
 import signal
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import structlog
 
 from services.ingest.estimate import Estimate
-from services.ingest.tally import settle
+from services.ingest.filters import Rules
+from services.ingest.store import Base, Change, write
 from shared.command import UsageError, run
-from shared.corpus import Corpus, write_shards
-from shared.files import publish, read_manifest, require_free_space, stale_reason
-from shared.records import Paper
+from shared.corpus import Corpus
+from shared.files import ArtifactError, publish, read_manifest, require_free_space, stale_reason
 from shared.settings import IngestSettings, Settings
 
 FLAGS = {
@@ -36,13 +36,20 @@ FLAGS = {
 
 
 class Source(Protocol):
-    """Where papers come from. `made_from` and `shaped_by` go into the manifest; `papers` counts what it reads."""
+    """Where papers come from. `made_from` and `shaped_by` go into the manifest.
+
+    A corpus whose settings differ from these only in `may_differ` can be gone on from.
+    """
 
     made_from: Mapping[str, str]
     shaped_by: Mapping[str, Any]
+    may_differ: frozenset[str]
 
-    def papers(self, counts: Counter[str], draft: Path) -> Iterator[Paper]:
-        """The papers to keep, in corpus order; files put into `draft` become part of the artifact."""
+    def goes_on_from(self, base: Base) -> bool:
+        """Whether this corpus can be gone on from, as far as its origin says."""
+
+    def change(self, base: Base, draft: Path) -> Change:
+        """What is new since the base, in corpus order; files put into `draft` become part of the artifact."""
 
     def estimate(self) -> Estimate:
         """What the run will take; reads sizes and counts only."""
@@ -81,31 +88,53 @@ def ingest(settings: Settings, log: structlog.stdlib.BoundLogger, arguments: arg
     strict = arguments.strict or settings.ingest.strict
     source = make_source(name, settings, strict=strict)
     target = settings.storage.data_dir / "corpus"
-    shaped_by = {"source": name, "shard_rows": settings.ingest.shard_rows, **source.shaped_by}
+    rules = Rules.of(settings.ingest)
+    shaped_by = {"source": name, "shard_rows": settings.ingest.shard_rows, **rules.shape, **source.shaped_by}
     reason = stale_reason(target, settings=shaped_by, made_from=source.made_from)
     if arguments.dry_run:
         log.info("dry run: nothing is fetched or written", source=name, why=reason, **source.estimate().told())
         return
     if arguments.fresh:
         source.done()
-    if reason is None:
+    anew = arguments.force or (strict and has_malformed(target))  # which is not what --strict promises
+    if reason is None and not anew and not arguments.update:
         manifest = read_manifest(target)
-        # A corpus that left malformed files out is not what --strict promises, so strict reads them again and stops.
-        if not arguments.force and not (strict and manifest.counts.get("files_malformed")):
-            log.info("corpus is reused", path=str(target), rows=manifest.rows, **manifest.counts)
-            source.done()  # a kill between publishing and this line leaves kept replies behind
-            return
-        reason = "--force" if arguments.force else "--strict, and files were left out as malformed"
-    log.info("corpus is made", source=name, path=str(target), why=reason)
+        log.info("corpus is reused", path=str(target), rows=manifest.rows, **manifest.counts)
+        source.done()  # a kill between publishing and this line leaves kept replies behind
+        return
+    base = Base() if anew else base_of(target, source, shaped_by)
+    why = reason or ("--update" if arguments.update else "--force, or --strict with malformed files")
+    log.info("corpus is made", source=name, path=str(target), why=why, goes_on_from=len(base.ledger))
     require_free_space(settings.storage.data_dir, settings.storage.min_free_gb)
-    counts: Counter[str] = Counter()
     with publish(target, settings=shaped_by, made_from=source.made_from) as draft:
-        draft.rows = write_shards(source.papers(counts, draft.path), draft.path, settings.ingest.shard_rows)
-        draft.counts = settle(counts, draft.rows)
+        change = source.change(base, draft.path)
+        write(change, base, draft, rules=rules, shard_rows=settings.ingest.shard_rows)
         if draft.rows == 0:
             raise UsageError(f"expected papers to keep, found none ({_told(draft.counts)}); the corpus stays as it was")
     source.done()
     log.info("corpus is ready", path=str(target), rows=draft.rows, **draft.counts)
+
+
+def has_malformed(target: Path) -> bool:
+    """Whether files were left out of the corpus as malformed; False when there is no corpus."""
+    try:
+        return bool(read_manifest(target).counts.get("files_malformed"))
+    except ArtifactError:
+        return False
+
+
+def base_of(target: Path, source: Source, shaped_by: Mapping[str, Any]) -> Base:
+    """The published corpus if the source can go on from it, else an empty one."""
+    try:
+        manifest = read_manifest(target)
+    except ArtifactError:
+        return Base()
+    wanted = json.loads(json.dumps(shaped_by, default=str))
+    differing = {key for key in {*wanted, *manifest.settings} if wanted.get(key) != manifest.settings.get(key)}
+    if differing - source.may_differ:
+        return Base()
+    base = Base.read(target, manifest)
+    return base if source.goes_on_from(base) else Base()
 
 
 def export(corpus: Corpus, path: Path) -> int:
@@ -141,7 +170,8 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     again.add_argument("--resume", action="store_true", help="go on with an interrupted fetch; the default, spelt out")
     again.add_argument("--fresh", action="store_true", help="forget what an interrupted fetch has kept")
     parser.add_argument("--strict", action="store_true", help="stop at the first malformed XML file")
-    parser.add_argument("--force", action="store_true", help="make the corpus again even when nothing changed")
+    parser.add_argument("--update", action="store_true", help="ask PubMed what is new since the corpus was made")
+    parser.add_argument("--force", action="store_true", help="make the corpus again, from nothing")
     arguments = parser.parse_args(words)
     if arguments.query is not None and arguments.xml_dir is not None:
         parser.error("--query and --xml-dir name two sources; give one of them")

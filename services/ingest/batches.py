@@ -1,200 +1,121 @@
-"""The batches of a PubMed query: planned, fetched by several threads, and kept as files until all are there.
+"""The papers of a plan, fetched by several threads in batches and kept as files until all are there.
 
-In: a `Job`. Out: for every batch, in an order that depends on the plan alone, its kept file and the PMIDs in it. The
-folder of the job holds `plan.json` and one folder per window and count, with EFetch's replies as they came, gzipped.
-What is there is not asked for again; a window whose count has changed meanwhile is fetched anew, because the positions
-of its papers have moved.
-
-A batch that lacks papers is not believed blindly: it is asked for again until the same records come twice.
+In: a `Job` and the PMIDs to fetch. Out: `Fetched`: which came, and their papers in the order of the plan, whatever the
+number of threads and the faults of the service. The folder of the job holds EFetch's replies as they came, gzipped, one
+file a batch; what is there is not asked for again. PMIDs that a reply lacks are asked for again in later turns, all
+together, until they have come or `TURNS` are over.
 """
 
 import gzip
 import io
 import os
-import shutil
 import threading
 import zlib
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from datetime import UTC, date, datetime
-from functools import partial
 from pathlib import Path
 
 import structlog
 from Bio import Entrez
 
-from services.ingest.eutils import SERVICE, Caller, ErrorReply, HistoryLost, call, reply_root
+from services.ingest.eutils import Caller, ErrorReply, call, reply_root
 from services.ingest.pubmed_xml import MalformedXml, Record, read_records
-from services.ingest.searches import History, agreed_search, count, search
-from services.ingest.windows import CAP, Plan, Window, agreed, cut, open_days, read_plan, write_plan
-from shared.clients import BadReply
-from shared.command import UsageError
+from shared.pmids import number
+from shared.records import Paper
 
-PLAN = "plan.json"
-SAME_TRIES = 12  # how often a batch is asked for until it is whole or the same records come twice
+TURNS = 8  # one when nothing is missing
+DAMAGED = (OSError, EOFError, zlib.error, MalformedXml, ErrorReply)
 
-Named = tuple[str, int]  # PMID, "" when there is none, and its version
+Versions = dict[int, int]  # PMID → its version
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is fetched by whom, where it is kept, and how many calls are in flight at once."""
+    """Who fetches, how many papers by one call, by how many calls at once, and where the replies are kept."""
 
     caller: Caller
-    query: str
-    whole: Window
-    limit: int
     batch: int
     workers: int
     folder: Path
     ended: threading.Event  # set when the run fails or is interrupted
 
 
-def made_plan(job: Job) -> Plan:
-    """The kept plan of an interrupted run, or a new one, which is kept; UsageError when the query finds nothing."""
-    log = structlog.get_logger()
-    kept = read_plan(job.folder / PLAN)
-    if kept:
-        log.info("an interrupted run goes on", found=kept.found, windows=len(kept.windows), begun=str(kept.begun))
-        return kept
-    first = search(job.caller, job.query, job.whole)
-    found = first.count
-    if not 0 < found <= CAP:  # too much hangs on this number to believe one reply
-        found = agreed(partial(count, job.caller, job.query, job.whole), found)
-    if found == 0:
-        raise UsageError(f"PubMed finds no paper for {job.query!r}{first.remark}; change DRZERO_INGEST__QUERY")
-    windows = cut(
-        partial(count, job.caller, job.query), job.whole, found, every_day=open_days(_today()), limit=job.limit
-    )
-    plan = Plan(windows, found, _today())
-    write_plan(job.folder / PLAN, plan)
-    log.info("query is answered", found=found, windows=len(windows), remark=first.remark.strip(" ;()"))
-    if found > job.limit:
-        log.warning(
-            "the query finds more papers than are fetched; narrow it or its dates, or raise the limit",
-            found=found,
-            asked=job.limit,
-            left_out=found - job.limit,
+@dataclass(frozen=True)
+class Fetched:
+    """What came: PMID → version, the files of the first turn with what they were to hold, and those of later turns."""
+
+    versions: Mapping[int, int]
+    batches: Mapping[Path, Sequence[int]]
+    later: Sequence[Path]
+
+    def papers(self) -> Iterator[Paper]:
+        """The papers that came, in the order in which they were asked for."""
+        late = dict(pair for path in self.later for pair in papers_of(path).items())
+        for path, pmids in self.batches.items():
+            papers = papers_of(path)
+            yield from (papers.get(pmid) or late[pmid] for pmid in pmids if pmid in papers or pmid in late)
+
+
+def fetched(job: Job, pmids: Sequence[int], arrived: Callable[[int], None]) -> Fetched:
+    """Fetch and keep these papers; `arrived` is told how many have come, as they come."""
+    versions: Versions = {}
+    files: list[dict[Path, Sequence[int]]] = []
+    for turn in range(TURNS):
+        left = [pmid for pmid in pmids if pmid not in versions]
+        if not left:
+            break
+        if turn:
+            structlog.get_logger().info("papers that did not come are asked for again", papers=len(left), turn=turn)
+        files.append(
+            {batch_file(job.folder, turn, at): left[at : at + job.batch] for at in range(0, len(left), job.batch)}
         )
-    return plan
+        versions |= fetch_turn(job, files[-1], arrived)
+    later = [path for turn in files[1:] for path in turn]
+    return Fetched(versions, files[0] if files else {}, later)
 
 
-def fetched(
-    job: Job, plan: Plan, counts: Counter[str], arrived: Callable[[int], None]
-) -> Iterator[tuple[Path, Sequence[Named]]]:
-    """File and records of every batch in order; `arrived` is told the number of records of each as it comes.
-
-    Counts found, windows and asked.
-    """
-    left, number = job.limit, 0
-    while left > 0 and number < len(plan.windows):
-        window, papers = list(plan.windows.items())[number]
-        sizes = batch_sizes(min(papers, left), job.batch)
-        folder = job.folder / f"{window}_{papers}"
-        batches = kept_batches(folder, sizes, arrived)
-        if len(batches) < len(sizes):
-            history = History(partial(agreed_search, job.caller, job.query, window, papers))
-            if history.found.count != papers:
-                plan = changed(job, plan, window, history.found.count)
-                continue
-            missing = {start: size for start, size in sizes.items() if start not in batches}
-            batches |= fetch_missing(job, history, folder, missing, arrived)
-        yield from ((batch_file(folder, start), batches[start]) for start in sizes)
-        counts["asked"] += sum(sizes.values())
-        left -= sum(sizes.values())
-        number += 1
-    counts["found"], counts["windows"] = plan.found, number
-    if counts["asked"] < min(plan.found, job.limit):
-        check_sum(job, counts["asked"])
-
-
-def check_sum(job: Job, asked: int) -> None:
-    """BadReply when the windows hold fewer papers than the query still finds; the next run plans anew then."""
-    found = agreed(partial(count, job.caller, job.query, job.whole))
-    if asked < min(found, job.limit):
-        (job.folder / PLAN).unlink()
-        raise BadReply(SERVICE, f"finds {found} papers, but {asked} in all windows together; run again to plan anew")
-
-
-def changed(job: Job, plan: Plan, window: Window, papers: int) -> Plan:
-    """The plan, kept, with the count that a window has by now, or with its parts when that is too large."""
-    structlog.get_logger().warning(
-        "a window has another count than before", window=str(window), before=plan.windows[window], now=papers
-    )
-    parts = cut(partial(count, job.caller, job.query), window, papers, every_day=open_days(_today()), limit=job.limit)
-    windows: dict[Window, int] = {}
-    for old, number in plan.windows.items():
-        windows |= parts if old == window else {old: number}
-    new = Plan(windows, papers if window == job.whole else plan.found, plan.begun)
-    write_plan(job.folder / PLAN, new)
-    shutil.rmtree(job.folder / f"{window}_{plan.windows[window]}", ignore_errors=True)
-    return new
-
-
-def fetch_missing(
-    job: Job, history: History, folder: Path, sizes: dict[int, int], arrived: Callable[[int], None]
-) -> dict[int, Sequence[Named]]:
-    """Fetch and keep the batches of these starts and sizes; the first failure ends the others and is raised."""
-    folder.mkdir(parents=True, exist_ok=True)
-
-    def fetch(start: int) -> tuple[int, Sequence[Named]]:
-        body, records = fetch_batch(job.caller, history, start, sizes[start])
-        keep(batch_file(folder, start), body)
-        return start, records
-
-    batches: dict[int, Sequence[Named]] = {}
+def fetch_turn(job: Job, batches: Mapping[Path, Sequence[int]], arrived: Callable[[int], None]) -> Versions:
+    """Fetch the batches that are not kept; the first failure ends the others and is raised."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    versions: Versions = {}
     with ThreadPoolExecutor(job.workers) as pool:
         try:
-            for done in as_completed([pool.submit(fetch, start) for start in sizes]):
-                start, records = done.result()
-                batches[start] = records
-                arrived(len(records))
+            for done in as_completed([pool.submit(fetch_batch, job.caller, *batch) for batch in batches.items()]):
+                versions |= done.result()
+                arrived(len(done.result()))
         except BaseException:
             job.ended.set()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    return batches
+    return versions
 
 
-def fetch_batch(caller: Caller, history: History, start: int, size: int) -> tuple[bytes, Sequence[Named]]:
-    """Reply and records of one batch: `size` records, or fewer when the same come twice."""
-    seen: list[Sequence[Named]] = []
-    found, losses = history.found, 0
-    while len(seen) < SAME_TRIES:
-        parameters = {
-            "db": "pubmed",
-            "WebEnv": found.web_env,
-            "query_key": found.query_key,
-            "retstart": start,
-            "retmax": size,
-            "retmode": "xml",
-        }
-        try:
-            body, records = call(caller, Entrez.efetch, parameters, partial(read_batch, most=size))
-        except HistoryLost as lost:
-            losses += 1
-            if losses == caller.tries:
-                raise
-            structlog.get_logger().warning("NCBI has lost a search, which is made again", problem=str(lost))
-            found = history.renewed(found)
-            continue
-        if len(records) == size or records in seen:
-            return body, records
-        seen.append(records)
-    raise BadReply(SERVICE, f"sent no batch of {size} papers in {SAME_TRIES} tries, and no two alike; run again later")
+def fetch_batch(caller: Caller, path: Path, pmids: Sequence[int]) -> Versions:
+    """The versions of those of these papers that NCBI sends; from the file when it is kept, else kept there."""
+    try:
+        _, kept = read_batch(read_kept(path), pmids)
+    except DAMAGED:  # not there, or damaged by a loss of power
+        parameters = {"db": "pubmed", "id": ",".join(map(str, pmids)), "retmode": "xml"}
+        body, kept = call(caller, Entrez.efetch, parameters, lambda reply: read_batch(reply, pmids))
+        keep(path, body)
+    return kept
 
 
-def read_batch(body: bytes, most: int) -> tuple[bytes, tuple[Named, ...]]:
-    """EFetch's reply and its records; ErrorReply when it is something else or holds more than `most`.
+def read_batch(body: bytes, pmids: Sequence[int]) -> tuple[bytes, Versions]:
+    """EFetch's reply, and the versions of those of these papers that are in it.
 
-    MalformedXml when it is cut off.
+    ErrorReply when it is something else, MalformedXml when it is cut off.
     """
-    records = tuple((record.pmid, record.version) for record in records_of(body))
-    if len(records) > most:
-        raise ErrorReply(f"EFetch sent {len(records)} papers, asked for {most}")
-    return body, records
+    asked = set(pmids)
+    found = ((number(record.pmid), record.version) for record in records_of(body))
+    return body, {pmid: version for pmid, version in sorted(found) if pmid in asked}
+
+
+def papers_of(path: Path) -> dict[int, Paper]:
+    """PMID → paper of a kept reply, of several versions the highest."""
+    records = [(r.version, number(r.pmid), r.paper()) for r in records_of(read_kept(path), checked=True)]
+    return {pmid: paper for _, pmid, paper in sorted(records, key=lambda record: record[:2])}
 
 
 def records_of(body: bytes, *, checked: bool = False) -> Iterator[Record]:
@@ -204,26 +125,9 @@ def records_of(body: bytes, *, checked: bool = False) -> Iterator[Record]:
     return (record for record in read_records(io.BytesIO(body), checked=checked) if isinstance(record, Record))
 
 
-def batch_sizes(papers: int, batch: int) -> dict[int, int]:
-    """Start → size of the batches of so many papers."""
-    return {start: min(batch, papers - start) for start in range(0, papers, batch)}
-
-
-def batch_file(folder: Path, start: int) -> Path:
-    """Where the batch that begins at paper `start` of a window is kept."""
-    return folder / f"{start:04d}.xml.gz"
-
-
-def kept_batches(folder: Path, sizes: dict[int, int], arrived: Callable[[int], None]) -> dict[int, Sequence[Named]]:
-    """Start → records of the batches that are kept and whole."""
-    batches: dict[int, Sequence[Named]] = {}
-    for start, size in sizes.items():
-        try:
-            _, batches[start] = read_batch(read_kept(batch_file(folder, start)), most=size)
-        except (OSError, EOFError, zlib.error, MalformedXml, ErrorReply):  # not there, or damaged by a loss of power
-            continue
-        arrived(len(batches[start]))
-    return batches
+def batch_file(folder: Path, turn: int, start: int) -> Path:
+    """Where the batch is kept that begins at paper `start` of a turn."""
+    return folder / f"{turn}-{start:08d}.xml.gz"
 
 
 def keep(path: Path, body: bytes) -> None:
@@ -239,7 +143,3 @@ def keep(path: Path, body: bytes) -> None:
 def read_kept(path: Path) -> bytes:
     """A kept reply; OSError, EOFError or zlib.error when there is none or it is damaged."""
     return gzip.decompress(path.read_bytes())
-
-
-def _today() -> date:
-    return datetime.now(UTC).date()

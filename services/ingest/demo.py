@@ -11,7 +11,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from services.ingest.estimate import CORPUS_BYTES, Estimate
+from services.ingest.store import Base, Change
 from shared.files import hash_file
 from shared.progress import Progress
 from shared.records import Paper
@@ -24,6 +27,8 @@ JOURNAL = "Dr. Zero demo records (not PubMed)"
 
 class DemoRecords:
     """The `demo` source."""
+
+    may_differ: frozenset[str] = frozenset()
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -38,10 +43,18 @@ class DemoRecords:
     def done(self) -> None:
         """Nothing is kept."""
 
-    def papers(self, counts: Counter[str], draft: Path) -> Iterator[Paper]:
+    def goes_on_from(self, base: Base) -> bool:
+        """There is nothing to go on from: they are written anew in a moment."""
+        return False
+
+    def change(self, base: Base, draft: Path) -> Change:
         """All demo records; every one has an abstract."""
         papers = read_demo()
-        counts["read"] = len(papers)
+        pmids = np.array([int(paper.pmid) for paper in papers], np.int64)
+        versions = np.ones(len(papers), np.uint8)
+        return Change(np.empty(0, bool), pmids, versions, self._shown(papers), Counter(read=len(papers)), None)
+
+    def _shown(self, papers: list[Paper]) -> Iterator[Paper]:
         with Progress("ingest", self.settings, total=len(papers)) as progress:
             for paper in papers:
                 progress.advance()

@@ -1,14 +1,15 @@
-"""A PubMed query of any size to papers, through ESearch with history and EFetch in batches.
+"""A PubMed query of any size to papers, through ESearch and EFetch in batches.
 
 In: query, publication dates and contact of the settings; a key, if any, from `NCBI_API_KEY` or the file that
-`NCBI_API_KEY_FILE` names. Out: papers, newest first, with the counts found, windows, asked, missing and read. At most
-`max_records` are fetched: of 9,999 or fewer the first of PubMed's own order, of more the newest by publication date;
-what is left out is counted and logged.
+`NCBI_API_KEY_FILE` names. Out: papers, newest first, with the counts found, windows, asked, fetched and missing. At
+most `max_records` are fetched: of 9,999 or fewer the first of PubMed's own order, of more the newest by publication
+date; what is left out is counted and logged.
 
 Every batch is kept under `<scratch_dir>/ingest/<query>` until `done()`, so that a run that was killed goes on where it
 was, and the corpus is made from the kept batches in their order: it depends neither on the number of workers nor on
-faults or interruptions. A corpus of the same query, dates and limit is reused: PubMed grows daily, so `--force` asks
-again.
+faults or interruptions. A corpus of the same query, dates and limit is reused, because PubMed grows daily: `--update`
+asks what is new. What an earlier corpus of the same filters has, of whatever query, is not fetched again unless PubMed
+has changed it since.
 """
 
 import os
@@ -16,66 +17,57 @@ import re
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import structlog
 
-from services.ingest.batches import Job, fetched, made_plan, read_kept, records_of
+from services.ingest.batches import Job, fetched
 from services.ingest.estimate import Estimate, of_query
 from services.ingest.eutils import Caller, configured
-from services.ingest.filters import excluded_pmids, filter_settings, kept
-from services.ingest.pace import RATE, RATE_WITH_KEY, make_pace
+from services.ingest.pace import make_pace
+from services.ingest.plan import Known, made_plan
 from services.ingest.searches import count
-from services.ingest.tally import drop
-from services.ingest.versions import Place, Standing
+from services.ingest.store import Base, Change
 from services.ingest.windows import CAP, Days, Window, open_days
 from shared.command import UsageError
 from shared.files import hash_json
 from shared.progress import Progress
-from shared.records import Paper
 from shared.settings import IngestSettings, Settings
 
+PLAN = "plan.json"
 ADDRESS = re.compile(r"[^@\s]+@[^@\s]+\.[^@\s.]+")
 
 
 class EntrezQuery:
     """The `entrez` source. UsageError when query, dates, contact or key file do not do."""
 
+    may_differ = frozenset({"max_records"})
+
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         ingest = settings.ingest
-        query = checked_query(ingest)
+        self.query = checked_query(ingest)
+        self.whole = whole_window(ingest, datetime.now(UTC).date())
         self.made_from: Mapping[str, str] = {
             "entrez_url": ingest.entrez_url,
-            "query": query,
+            "query": self.query,
             "dates": f"{ingest.date_from or ''}..{ingest.date_to or ''}",
         }
-        self.excluded = excluded_pmids(ingest)
-        self.shaped_by: Mapping[str, Any] = {
-            **filter_settings(ingest, self.excluded),
-            "max_records": ingest.max_records,
-        }
+        self.shaped_by: Mapping[str, Any] = {"max_records": ingest.max_records}
         ended = threading.Event()
         identity = hash_json([self.made_from, ingest.max_records, ingest.entrez_batch, CAP])
         self.job = Job(
             caller=make_caller(settings, ended),
-            query=query,
-            whole=whole_window(ingest, datetime.now(UTC).date()),
-            limit=ingest.max_records,
             batch=ingest.entrez_batch,
             workers=ingest.entrez_workers,
             folder=settings.storage.scratch_dir / "ingest" / identity[:16],
             ended=ended,
         )
-
-    def papers(self, counts: Counter[str], draft: Path) -> Iterator[Paper]:
-        """The papers of the query; UsageError when it finds none, ServiceError when NCBI does not answer."""
-        standing, files = self._fetch(counts)
-        drop(counts, "duplicate", standing.replaced)
-        yield from kept(_standing_papers(files, standing), self.settings.ingest, self.excluded, counts)
 
     def done(self) -> None:
         """Remove the kept batches: the corpus is published."""
@@ -83,33 +75,38 @@ class EntrezQuery:
             shutil.rmtree(self.job.folder)
 
     def estimate(self) -> Estimate:
-        """What the run will take; asks PubMed for the number of papers only."""
+        """What a run from nothing will take; asks PubMed for the number of papers only."""
         ingest, caller = self.settings.ingest, self.job.caller
         with configured(caller):
-            found = count(caller, self.job.query, self.job.whole)
-        rate = ingest.entrez_rate or (RATE_WITH_KEY if caller.key else RATE)
-        return of_query(found, limit=self.job.limit, batch=self.job.batch, cap=CAP, rate=rate)
+            found = count(caller, self.query, self.whole)
+        return of_query(found, limit=ingest.max_records, batch=self.job.batch, cap=CAP, rate=caller.pace.rate)
 
-    def _fetch(self, counts: Counter[str]) -> tuple[Standing, list[Path]]:
-        """Fetch what is not kept yet; which records stand, and the kept batches in order."""
-        standing, files, job = Standing(), list[Path](), self.job
+    def goes_on_from(self, base: Base) -> bool:
+        """Whether the base's papers came from the same service."""
+        return bool(base.origin["entrez_url"] == self.made_from["entrez_url"])
+
+    def change(self, base: Base, draft: Path) -> Change:
+        """The papers that the base lacks or has in another form, and which of its entries the query still finds."""
+        known = Known(base.ledger, date.fromisoformat(base.origin["asked"])) if base.origin else Known()
+        limit = self.settings.ingest.max_records
+        job = replace(self.job, folder=self.job.folder / base.identity[:16])  # what is fetched depends on the base
         with configured(job.caller):
-            plan = made_plan(job)
-            with Progress("ingest", self.settings, total=min(plan.found, job.limit)) as progress:
-                for path, records in fetched(job, plan, counts, progress.advance):
-                    for position, (pmid, version) in enumerate(records):
-                        if pmid:
-                            standing.add(pmid, Place(len(files), position, version))
-                        else:
-                            drop(counts, "no_pmid")
-                    counts["read"] += len(records)
-                    files.append(path)
-        counts["missing"] = counts["asked"] - counts["read"]
+            plan = made_plan(job.folder / PLAN, job.caller, self.query, whole=self.whole, limit=limit, known=known)
+            with Progress("ingest", self.settings, total=len(plan.fetch)) as progress:
+                came = fetched(job, plan.fetch, progress.advance)
+        pmids = np.array([pmid for pmid in plan.fetch if pmid in came.versions], np.int64)
+        wanted = np.isin(base.ledger.pmids, np.array(plan.pmids, np.int64))
+        remains = wanted & ~np.isin(base.ledger.pmids, pmids)
+        carried, asked = int(remains.sum()), len(plan.pmids)
+        counts = Counter(
+            found=plan.found, windows=plan.windows, asked=asked, carried=carried, fetched=len(pmids),
+            missing=asked - carried - len(pmids), read=carried + len(pmids),
+        )  # fmt: skip
         if counts["missing"]:
-            structlog.get_logger().warning(
-                "NCBI sent fewer papers than it found", asked=counts["asked"], read=counts["read"]
-            )
-        return standing, files
+            structlog.get_logger().warning("NCBI sent fewer papers than it found", **counts)
+        versions = np.array([min(came.versions[pmid], 255) for pmid in pmids.tolist()], np.uint8)
+        origin = {"entrez_url": self.made_from["entrez_url"], "asked": plan.begun}
+        return Change(remains, pmids, versions, came.papers(), counts, origin)
 
 
 def make_caller(settings: Settings, ended: threading.Event) -> Caller:
@@ -168,10 +165,3 @@ def read_key(environ: Mapping[str, str]) -> str | None:
     if not Path(path).is_file():
         raise UsageError(f"NCBI_API_KEY_FILE names {path}, but there is no such file")
     return Path(path).read_text(encoding="utf-8").strip() or None
-
-
-def _standing_papers(files: list[Path], standing: Standing) -> Iterator[Paper]:
-    for number, path in enumerate(files):
-        for position, record in enumerate(records_of(read_kept(path), checked=True)):
-            if standing.stands(record.pmid, file=number, position=position):
-                yield record.paper()

@@ -1,23 +1,24 @@
 """Calls to NCBI's E-utilities through Bio.Entrez: base address, time limit, pace, retries and error replies.
 
 In: the name of a utility and its parameters. Out: the body of a reply that a given reader accepts. Errors are those of
-`shared.clients`: Unavailable (no good reply after all tries), Refused (4xx), BadReply (200, but not what was asked,
-after all tries), and its kind HistoryLost (the kept search is gone: search again). Calls may come from many threads;
-`pace` spaces them, tries included, and a `Retry-After` stops all of them. The retries are ours, because Bio.Entrez
-repeats a 429 at once and knows neither `Retry-After` nor an error inside a 200. The key never leaves the request: it is
-cut out of every text that could reach a log, since NCBI's own error replies echo it.
+`shared.clients`: Unavailable (no good reply after all tries), Refused (4xx) and BadReply (200, but not what was asked,
+after all tries). Calls may come from many threads; `pace` spaces them, tries included, and a `Retry-After` stops all of
+them. The retries are ours, because Bio.Entrez repeats a 429 at once and knows neither `Retry-After` nor an error inside
+a 200. The key never leaves the request: it is cut out of every text that could reach a log, since NCBI's own error
+replies echo it.
 """
 
-import email.utils
 import http.client
 import random
-import re
 import threading
 import time
 import urllib.request
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any, TypeVar
 from urllib.error import HTTPError
 
@@ -26,7 +27,7 @@ from Bio import Entrez
 
 from services.ingest.pace import Pace
 from services.ingest.pubmed_xml import Element, MalformedXml, read_reply
-from shared.clients import BadReply, Refused, ServiceError, Unavailable
+from shared.clients import BadReply, Refused, ServiceError, Unavailable, retry_after_s
 
 SERVICE = "NCBI E-utilities"
 HOME = "https://eutils.ncbi.nlm.nih.gov/entrez/eutils"  # written into the functions of Bio.Entrez
@@ -35,18 +36,12 @@ LONGEST_STEP_S = 60.0  # up to which waits double
 LONGEST_WAIT_S = 600.0  # NCBI blocks a client for longer than that only on purpose
 RETRY_BUDGET = 1000
 RETRIED_STATUS = frozenset({408, 429, 500, 502, 503, 504})
-LOST_HISTORY = re.compile(
-    r"unable to obtain query|cannot retrieve history|(webenv|query_key)\b.*\b(expired|not found|invalid)", re.I
-)
+REQUEST: ContextVar[str] = ContextVar("REQUEST")  # the name of the request that this thread is about to send
 T = TypeVar("T")
 
 
 class ErrorReply(ValueError):
     """A 200 whose body says that something went wrong, in NCBI's words."""
-
-
-class HistoryLost(BadReply):
-    """NCBI no longer has the search whose papers were asked for."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +68,7 @@ class _Fault(Exception):
     def __init__(self, problem: str, failed: type[ServiceError] = Unavailable, after: str | None = None) -> None:
         super().__init__(problem)
         self.failed = failed
-        self.after_s = retry_after(after)
+        self.after_s = retry_after_s(after or "", datetime.now(UTC))
 
 
 @contextmanager
@@ -86,7 +81,7 @@ def configured(caller: Caller) -> Iterator[None]:
     """
     names = ("email", "tool", "api_key", "_open")
     before = {name: getattr(Entrez, name) for name in names}
-    opener = urllib.request.build_opener()
+    opener = urllib.request.build_opener(*_noting(caller.pace))
 
     def opened(request: urllib.request.Request) -> Any:
         request.full_url = caller.base_url.rstrip("/") + request.full_url.removeprefix(HOME)
@@ -101,6 +96,30 @@ def configured(caller: Caller) -> Iterator[None]:
             setattr(Entrez, name, value)
 
 
+def _noting(pace: Pace) -> list[urllib.request.BaseHandler]:
+    """Handlers whose connections tell the pace when a request has been written."""
+
+    class Plain(http.client.HTTPConnection):
+        def getresponse(self) -> http.client.HTTPResponse:
+            pace.sent(REQUEST.get())
+            return super().getresponse()
+
+    class Encrypted(http.client.HTTPSConnection):
+        def getresponse(self) -> http.client.HTTPResponse:
+            pace.sent(REQUEST.get())
+            return super().getresponse()
+
+    class PlainHandler(urllib.request.HTTPHandler):
+        def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+            return self.do_open(Plain, request)
+
+    class EncryptedHandler(urllib.request.HTTPSHandler):
+        def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+            return self.do_open(Encrypted, request)
+
+    return [PlainHandler(), EncryptedHandler()]
+
+
 def call(caller: Caller, utility: Callable[..., Any], parameters: dict[str, Any], read: Callable[[bytes], T]) -> T:
     """What `read` makes of the reply of one utility (`Entrez.esearch`, …); inside `configured()` only.
 
@@ -109,8 +128,10 @@ def call(caller: Caller, utility: Callable[..., Any], parameters: dict[str, Any]
     """
     step = caller.first_wait_s
     for left in range(caller.tries - 1, -1, -1):
-        while wait := caller.pace.take():
+        request = uuid.uuid4().hex
+        while wait := caller.pace.take(request):
             _sleep(caller, wait)
+        REQUEST.set(request)
         try:
             return _once(caller, utility, parameters, read)
         except _Fault as fault:
@@ -118,6 +139,8 @@ def call(caller: Caller, utility: Callable[..., Any], parameters: dict[str, Any]
                 text = f"no usable reply in {caller.tries} tries; the last one: {fault}"
                 raise fault.failed(SERVICE, text) from None
             _wait_after(caller, fault, step, left)
+        finally:
+            caller.pace.sent(request)  # one that came to nothing must not count for ever
         step = min(2 * step, LONGEST_STEP_S)
     raise AssertionError("caller.tries is at least 1")
 
@@ -129,16 +152,11 @@ def _once(caller: Caller, utility: Callable[..., Any], parameters: dict[str, Any
     except HTTPError as error:
         with error:
             problem = _clean(f"status {error.code}: {_text(error)}", caller.key)
-        if LOST_HISTORY.search(problem):
-            raise HistoryLost(SERVICE, problem) from None
         if error.code not in RETRIED_STATUS:
             raise Refused(SERVICE, problem) from None
         raise _Fault(problem, after=error.headers.get("Retry-After")) from None
     except (MalformedXml, ErrorReply) as error:
-        problem = _clean(str(error), caller.key)
-        if LOST_HISTORY.search(problem):
-            raise HistoryLost(SERVICE, problem) from None
-        raise _Fault(problem, BadReply) from None
+        raise _Fault(_clean(str(error), caller.key), BadReply) from None
     except (OSError, http.client.HTTPException) as error:  # no connection, time limit, cut-off body
         raise _Fault(_clean(f"{type(error).__name__} {error}", caller.key)) from None
 
@@ -186,18 +204,6 @@ def reply_root(body: bytes, expected: str) -> Element:
     if root.tag != expected:
         raise ErrorReply(f"expected <{expected}>, got <{root.tag}>")
     return root
-
-
-def retry_after(value: str | None) -> float | None:
-    """Seconds of a `Retry-After` header, a number or an HTTP date; None when there is none or it is unreadable."""
-    if not value:
-        return None
-    if value.strip().isdecimal():
-        return float(value)
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
-        return None
 
 
 def _line(body: bytes) -> str:

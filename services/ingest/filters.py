@@ -3,37 +3,52 @@
 A paper that several rules would drop counts under the first: excluded, retracted, publication_type, language,
 no_abstract, short_abstract. PubMed's languages are those of the article, and its abstracts are English nearly always,
 so all languages enter unless some are named. A record that names no language (a file of titles and abstracts) is never
-dropped for its language; when languages are asked for, such records are counted as `language_unknown`.
+dropped for its language; when languages are asked for, such records are kept as `language_unknown`.
 """
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
-from services.ingest.tally import drop
 from shared.files import hash_json
 from shared.pmids import read_pmids
 from shared.records import Paper
 from shared.settings import IngestSettings
 
+# Ledgers hold the position of a fate in this tuple: append only.
+FATES = (
+    "kept", "language_unknown", "excluded", "retracted", "publication_type", "language", "no_abstract",
+    "short_abstract",
+)  # fmt: skip
+KEPT = frozenset({"kept", "language_unknown"})
 NAMES = (
     "require_abstract", "min_abstract_words", "languages", "exclude_publication_types", "keep_retracted",
 )  # fmt: skip
 
 
-def excluded_pmids(ingest: IngestSettings) -> frozenset[str]:
-    """The PMIDs that the settings leave out; UsageError when a file is missing or holds something else."""
-    return read_pmids(ingest.exclude_pmids, "DRZERO_INGEST__EXCLUDE_PMIDS")
+@dataclass(frozen=True)
+class Rules:
+    """The filters of the settings, their files read; UsageError when one is missing or holds something else."""
+
+    ingest: IngestSettings
+    excluded: frozenset[str]
+
+    @classmethod
+    def of(cls, ingest: IngestSettings) -> "Rules":
+        """The rules of these settings."""
+        return cls(ingest, read_pmids(ingest.exclude_pmids, "DRZERO_INGEST__EXCLUDE_PMIDS"))
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """What of them shapes a corpus, for its manifest."""
+        excluded = hash_json(sorted(self.excluded))
+        return {name: getattr(self.ingest, name) for name in NAMES} | {"exclude_pmids": excluded}
 
 
-def filter_settings(ingest: IngestSettings, excluded: frozenset[str]) -> Mapping[str, Any]:
-    """What of the filters shapes a corpus, for its manifest."""
-    return {name: getattr(ingest, name) for name in NAMES} | {"exclude_pmids": hash_json(sorted(excluded))}
-
-
-def why_dropped(paper: Paper, ingest: IngestSettings, excluded: frozenset[str]) -> str | None:
-    """The reason for which a paper is left out, or None."""
-    if paper.pmid in excluded:
+def fate(paper: Paper, rules: Rules) -> str:
+    """What becomes of a paper, one of `FATES`."""
+    ingest = rules.ingest
+    if paper.pmid in rules.excluded:
         return "excluded"
     if paper.retracted and not ingest.keep_retracted:
         return "retracted"
@@ -41,25 +56,11 @@ def why_dropped(paper: Paper, ingest: IngestSettings, excluded: frozenset[str]) 
         return "publication_type"
     if ingest.languages and paper.languages and not _meet(ingest.languages, paper.languages):
         return "language"
-    if not paper.abstract:
-        return "no_abstract" if ingest.require_abstract else None
-    if ingest.min_abstract_words and len(paper.abstract.split()) < ingest.min_abstract_words:
+    if not paper.abstract and ingest.require_abstract:
+        return "no_abstract"
+    if paper.abstract and ingest.min_abstract_words and len(paper.abstract.split()) < ingest.min_abstract_words:
         return "short_abstract"
-    return None
-
-
-def kept(
-    papers: Iterable[Paper], ingest: IngestSettings, excluded: frozenset[str], counts: Counter[str]
-) -> Iterator[Paper]:
-    """The papers that no rule drops; the others are counted by reason."""
-    for paper in papers:
-        reason = why_dropped(paper, ingest, excluded)
-        if reason is not None:
-            drop(counts, reason)
-            continue
-        if ingest.languages and not paper.languages:
-            counts["language_unknown"] += 1
-        yield paper
+    return "language_unknown" if ingest.languages and not paper.languages else "kept"
 
 
 def _meet(some: Iterable[str], others: Iterable[str]) -> bool:

@@ -1,10 +1,12 @@
 """A folder of PubMed XML files to papers: baseline and update files, plain or gzip, read recursively.
 
 Two passes, each over several files at once. The first reads PMIDs only and settles which record of each PMID stands
-(`versions`) and which files are malformed; the second parses the records that stand. So memory holds one small entry
-per PMID and the texts of a few files, and nothing of a malformed file enters: a truncated file says nothing about what
-its lost half replaces or deletes. Files are taken in the order of their names, which NLM numbers through from the
-baseline to the newest update. Where `<file>.md5` lies beside a file, a file that it does not fit is malformed.
+(`versions`) and which files are malformed; the second parses the records that stand. So memory holds a few bytes per
+PMID and the texts of a few files, and nothing of a malformed file enters: a truncated file says nothing about what its
+lost half replaces or deletes. Files are taken in the order of their names, which NLM numbers through from the baseline
+to the newest update. Where `<file>.md5` lies beside a file, a file that it does not fit is malformed.
+
+When a corpus was made from the first of these files, just as they are, only those behind are read.
 """
 
 import hashlib
@@ -15,23 +17,23 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from itertools import zip_longest
 from operator import attrgetter
 from pathlib import Path
 from typing import IO, Any, cast
 
+import numpy as np
 import structlog
 from isal import igzip, isal_zlib
 
 from services.ingest.estimate import Estimate, of_files
-from services.ingest.filters import excluded_pmids, filter_settings, kept
 from services.ingest.pubmed_xml import Deletion, MalformedXml, Record, read_records
-from services.ingest.tally import drop
-from services.ingest.versions import Place, Standing
+from services.ingest.store import Base, Change
+from services.ingest.versions import Events, settled
 from services.ingest.workers import in_order
 from shared.command import UsageError
 from shared.files import hash_file, hash_json
+from shared.pmids import number
 from shared.progress import Progress
 from shared.records import PAPER_FIELDS, Paper
 from shared.settings import Settings
@@ -42,25 +44,15 @@ GZIP_MAGIC = b"\x1f\x8b"
 MD5 = re.compile(r"\b[0-9a-fA-F]{32}\b")
 DAMAGED = (EOFError, igzip.BadGzipFile, cast(type[Exception], isal_zlib.IsalError))
 MOST_PROCESSES = 8  # unless the settings name a number: each takes about 80 MB
+COUNTED = ("read", "deletions", "dropped_duplicate", "dropped_deleted", "dropped_no_pmid")  # over all runs of a corpus
 BATCH = 512  # papers that are packed and unpacked at once
 values_of = attrgetter(*PAPER_FIELDS)
 
 
-@dataclass(frozen=True, slots=True)
-class Scan:
-    """What one file holds, in its order: PMID, version, and whether it is a deletion."""
-
-    path: Path
-    items: tuple[tuple[str, int, bool], ...]
-
-    @property
-    def records(self) -> int:
-        """Number of records."""
-        return sum(not deletes for _, _, deletes in self.items)
-
-
 class XmlFolder:
     """The `xml` source. UsageError when the folder is missing or holds no PubMed XML file."""
+
+    may_differ: frozenset[str] = frozenset()
 
     def __init__(self, settings: Settings, *, strict: bool) -> None:
         self.settings = settings
@@ -69,11 +61,10 @@ class XmlFolder:
         if folder is None:
             raise UsageError("the source is xml, but no folder is named; set DRZERO_INGEST__XML_DIR")
         self.folder = folder
-        self.excluded = excluded_pmids(settings.ingest)
         self.files = find_files(folder)
-        digests = [(str(p.relative_to(folder)), p.stat().st_size, hash_file(p), told_md5(p)) for p in self.files]
-        self.made_from: Mapping[str, str] = {"xml": hash_json(digests)}
-        self.shaped_by: Mapping[str, Any] = filter_settings(settings.ingest, self.excluded)
+        self.digests = [[str(p.relative_to(folder)), p.stat().st_size, hash_file(p), told_md5(p)] for p in self.files]
+        self.made_from: Mapping[str, str] = {"xml": hash_json(self.digests)}
+        self.shaped_by: Mapping[str, Any] = {}
 
     def estimate(self) -> Estimate:
         """From the sizes of the files."""
@@ -84,24 +75,40 @@ class XmlFolder:
     def done(self) -> None:
         """Nothing is kept."""
 
-    def papers(self, counts: Counter[str], draft: Path) -> Iterator[Paper]:
-        """The papers that stand, in the order of the files; writes `malformed.json` into the draft if any file is."""
-        counts["files"] = len(self.files)
-        standing, wanted, malformed = self._scan(counts)
-        counts["files_malformed"] = len(malformed)
+    def goes_on_from(self, base: Base) -> bool:
+        """Whether the base was made from the first of these files, as they are."""
+        met = base.origin["files"]
+        return bool(met) and self.digests[: len(met)] == met
+
+    def change(self, base: Base, draft: Path) -> Change:
+        """What the files behind the base's bring, in their order; writes `malformed.json` into the draft if any is."""
+        met = base.origin["files"] if base.origin else []
+        malformed = list(base.origin["malformed"]) if base.origin else []
+        whole, scans = self._scan(self.files[len(met) :], malformed)
         if malformed:
             (draft / MALFORMED).write_text(json.dumps(malformed, indent=2) + "\n", encoding="utf-8")
-        drop(counts, "duplicate", standing.replaced)
-        drop(counts, "deleted", standing.deleted)
-        for place in standing.places.values():
-            wanted[place.file][1][place.position] = 1
-        total = len(standing.places)
-        del standing  # one flag a record is enough from here on
-        structlog.get_logger().info(
-            "all files are scanned", files=len(self.files), malformed=len(malformed), records=counts["read"]
+        events = Events.joined(scans)
+        known = settled(events, base.ledger)
+        counts = Counter({name: base.counts.get(name, 0) for name in COUNTED})
+        counts += Counter(
+            read=int((~events.deletes).sum()),
+            deletions=int(events.deletes.sum()),
+            dropped_duplicate=known.replaced,
+            dropped_deleted=known.deleted,
+            dropped_no_pmid=int((~events.deletes & (events.pmids == 0)).sum()),
         )
-        tasks = [(path, bytes(flags)) for path, flags in wanted if any(flags)]
-        yield from kept(self._parsed(tasks, total), self.settings.ingest, self.excluded, counts)
+        counts.update(files=len(self.files), files_malformed=len(malformed))
+        structlog.get_logger().info("files are scanned", known=len(met), **counts)
+        flags = np.split(known.stands, np.cumsum([len(scan.pmids) for scan in scans]))
+        tasks = [
+            (path, stands[~scan.deletes].tobytes())
+            for path, scan, stands in zip(whole, scans, flags, strict=False)
+            if stands.any()
+        ]
+        pmids = events.pmids[known.stands]
+        papers = self._parsed(tasks, len(pmids))
+        origin = {"files": self.digests, "malformed": malformed}
+        return Change(known.remains, pmids, events.versions[known.stands], papers, counts, origin)
 
     def _parsed(self, tasks: Sequence[tuple[Path, bytes]], total: int) -> Iterator[Paper]:
         with (
@@ -119,24 +126,24 @@ class XmlFolder:
     def _processes(self) -> int:
         return min(self.settings.ingest.workers or min(os.cpu_count() or 1, MOST_PROCESSES), len(self.files))
 
-    def _scan(self, counts: Counter[str]) -> tuple[Standing, list[tuple[Path, bytearray]], list[dict[str, Any]]]:
-        """What stands, every whole file with a flag for each of its records, and what is wrong with the others."""
-        standing = Standing()
-        wanted: list[tuple[Path, bytearray]] = []
-        malformed: list[dict[str, Any]] = []
+    def _scan(self, files: Sequence[Path], malformed: list[dict[str, Any]]) -> tuple[list[Path], list[Events]]:
+        """The whole files with what they hold; what is wrong with the others is added to `malformed`."""
+        whole: list[Path] = []
+        scans: list[Events] = []
         with (
-            Progress("ingest-scan", self.settings, total=len(self.files), unit="file") as progress,
-            closing(in_order(scanned, self.files, self._processes)) as scans,
+            Progress("ingest-scan", self.settings, total=len(files), unit="file") as progress,
+            closing(in_order(scanned, files, self._processes)) as results,
         ):
-            for path, scan in zip(self.files, scans, strict=True):
+            for path, scan in zip(files, results, strict=True):
                 if isinstance(scan, MalformedXml):
                     malformed.append(self._left_out(path, scan))
                 else:
-                    _settle(scan, len(wanted), standing, counts)
-                    wanted.append((path, bytearray(scan.records)))
-                    structlog.get_logger().info("file is scanned", file=str(path), records=scan.records)
+                    whole.append(path)
+                    scans.append(scan)
+                    records = len(scan.pmids) - int(scan.deletes.sum())
+                    structlog.get_logger().info("file is scanned", file=str(path), records=records)
                 progress.advance()
-        return standing, wanted, malformed
+        return whole, scans
 
     def _left_out(self, path: Path, error: MalformedXml) -> dict[str, Any]:
         if self.strict:
@@ -163,8 +170,8 @@ def find_files(folder: Path) -> list[Path]:
     return sorted(files, key=lambda path: (path.name, str(path)))
 
 
-def scan_file(path: Path) -> Scan:
-    """All PMIDs of one file; MalformedXml when it is not what its `.md5` names or does not read to its end."""
+def scan_file(path: Path) -> Events:
+    """What one file holds; MalformedXml when it is not what its `.md5` names or does not read to its end."""
     told = told_md5(path)
     if told is not None:
         with path.open("rb") as raw:
@@ -172,10 +179,12 @@ def scan_file(path: Path) -> Scan:
         if found != told:
             raise MalformedXml(f"its MD5 is {found}, {path.name}.md5 says {told or 'nothing'}; download it again")
     with opened(path) as stream:
-        return Scan(path, tuple((i.pmid, i.version, isinstance(i, Deletion)) for i in read_records(stream)))
+        met = [(number(i.pmid), min(i.version, 255), isinstance(i, Deletion)) for i in read_records(stream)]
+    pmids, versions, deletes = zip(*met, strict=True) if met else ((), (), ())
+    return Events(np.array(pmids, np.int64), np.array(versions, np.uint8), np.array(deletes, bool))
 
 
-def scanned(path: Path) -> Scan | MalformedXml:
+def scanned(path: Path) -> Events | MalformedXml:
     """`scan_file` for a worker: the error is a result, so that the other files go on."""
     try:
         return scan_file(path)
@@ -235,18 +244,3 @@ def named(path: Path, error: MalformedXml) -> str:
 
 def _md5() -> Any:
     return hashlib.md5(usedforsecurity=False)  # NLM's check of a download, not a signature
-
-
-def _settle(scan: Scan, number: int, standing: Standing, counts: Counter[str]) -> None:
-    position = 0
-    for pmid, version, deletes in scan.items:
-        if deletes:
-            counts["deletions"] += 1
-            standing.delete(pmid, version)
-            continue
-        counts["read"] += 1
-        if pmid:
-            standing.add(pmid, Place(number, position, version))
-        else:
-            drop(counts, "no_pmid")
-        position += 1

@@ -3,6 +3,7 @@
 In: a binary stream of a `PubmedArticleSet` (PubMed, EFetch) or of the older `MedlineCitationSet`, and small E-utilities
 replies. Out: `Record` and `Deletion` in document order; `paper()` builds the paper only when the caller wants it.
 Raises `MalformedXml` with the line. Entities are not resolved, no DTD is loaded, nothing is read from the network.
+A file is UTF-8, or says which other superset of ASCII it is.
 What counts and what does not (duplicates, filters) is the caller's decision. Children are visited once and grouped by
 tag, because each `find` walks them again and costs as much as the parsing of what it finds.
 """
@@ -20,11 +21,13 @@ from lxml import etree
 from shared.records import Paper
 
 ROOTS = ("PubmedArticleSet", "MedlineCitationSet", "PubmedBookArticleSet")
-RECORDS = ("PubmedArticle", "PubmedBookArticle")
+RECORDS = {"PubmedArticle", "PubmedBookArticle"}
 NAMES = ("ForeName", "LastName", "Suffix")  # in the order of a written name
 CHUNK = 1 << 16
 UNUSED = b"ReferenceList"  # a third of all bytes, and no field is made of it
 SAFE = {"resolve_entities": False, "no_network": True, "load_dtd": False, "remove_comments": True, "remove_pis": True}
+BEFORE_MARK = re.compile(rb"(\xef\xbb\xbf)?(<\?xml[^>]*\?>)?(?=\s*<)")
+MARK = b"<?root?>"
 MONTHS = {name.lower(): number for number, name in enumerate(calendar.month_abbr) if name}
 YEAR = re.compile(r"\b(1[0-9]{3}|20[0-9]{2})\b")
 MONTH = re.compile(r"\b(" + "|".join(MONTHS) + r")[a-z]*\b", re.IGNORECASE)
@@ -73,15 +76,10 @@ def read_records(stream: IO[bytes], *, checked: bool = False) -> Iterator[Record
         chunks: Iterator[bytes] = chain([start], iter(lambda: stream.read(CHUNK), b""))
         if checked:
             chunks = without(UNUSED, chunks)
-        holders = ("MedlineCitation",) if root == "MedlineCitationSet" else RECORDS
-        # Only these elements become Python objects while the stream is parsed: that is most of the speed.
-        parser = etree.XMLPullParser(("end",), tag=(*holders, "DeleteCitation"), **SAFE)
-        for chunk in chunks:
-            parser.feed(chunk)
-            for _, element in parser.read_events():
+        holders = {"MedlineCitation"} if root == "MedlineCitationSet" else RECORDS
+        for element in _grown(chunks):
+            if element.tag in holders or element.tag == "DeleteCitation":
                 yield from _met(element)
-                _forget(element)
-        parser.close()
     except etree.XMLSyntaxError as error:
         raise MalformedXml(_reason(error), error.lineno or 0) from error
 
@@ -122,7 +120,7 @@ def medline_date(text: str) -> str:
 
 
 def _opening(stream: IO[bytes]) -> tuple[str, bytes]:
-    """The name of the root element, and what was read to find it: a file of another kind is refused at its start."""
+    """The name of the root element, and what was read to find it, marked: another kind of file is refused here."""
     scout, read = etree.XMLPullParser(("start",), **SAFE), b""
     while chunk := stream.read(CHUNK):
         read += chunk
@@ -130,9 +128,40 @@ def _opening(stream: IO[bytes]) -> tuple[str, bytes]:
         for _, element in scout.read_events():
             if element.tag not in ROOTS:
                 raise MalformedXml(f"root element is <{element.tag}>, expected <{ROOTS[0]}>", element.sourceline or 0)
-            return str(element.tag), read
+            if not (before := BEFORE_MARK.match(read)):
+                raise MalformedXml("the text is UTF-16 or UTF-32, expected UTF-8; convert the file")
+            return str(element.tag), before.group() + MARK + read[before.end() :]
     scout.close()  # raises: there is no element
     return "", read
+
+
+def _grown(chunks: Iterator[bytes]) -> Iterator[Element]:
+    """The children of the root, each as soon as it is whole and only until the next is asked for.
+
+    The mark stands before the root. A parser that reports elements calls Python for every one, whatever its tag, which
+    is a tenth of all the time; so it reports the mark, and what has grown behind it is looked at after each chunk.
+    """
+    parser = etree.XMLPullParser(("pi",), **SAFE | {"remove_pis": False})
+    mark: Element | None = None
+    impure = False
+    for chunk in chunks:
+        parser.feed(chunk)
+        for _, instruction in parser.read_events():
+            mark, impure = (instruction, False) if mark is None else (mark, True)
+        root: Any = () if mark is None else next(mark.itersiblings("*"), ())
+        while len(root) > 1:  # the last child may still grow
+            yield _purified(root[0]) if impure else root[0]
+            root[0].clear()  # else its nodes are visited once more before they are freed
+            del root[0]
+    parser.close()
+    yield from map(_purified, root) if impure else root
+
+
+def _purified(element: Element) -> Element:
+    """The element without the processing instructions in it, which would divide its texts."""
+    if element.tag is not etree.PI:
+        etree.strip_elements(element, etree.PI, with_tail=False)
+    return element
 
 
 def without(tag: bytes, chunks: Iterator[bytes]) -> Iterator[bytes]:
@@ -169,14 +198,6 @@ def _met(element: Element) -> Iterator[Record | Deletion]:
 
 def _reason(error: etree.XMLSyntaxError) -> str:
     return f"not well-formed: {error.msg or 'no content'}"
-
-
-def _forget(element: Element) -> None:
-    # Emptied siblings would still pile up under the root, so they are cut off as well.
-    element.clear()
-    parent = element.getparent()
-    while element.getprevious() is not None:
-        del parent[0]
 
 
 # --- one record
@@ -262,8 +283,9 @@ def _text(element: Element | None) -> str:
     text = "".join(element.itertext()) if len(element) else element.text
     if not text:
         return ""
-    # Most text is clean already, and to split it only to join it again is a tenth of all the time.
-    clean = text.isascii() and "\n" not in text and "  " not in text and "\t" not in text and "\r" not in text
+    # Most text is clean already, and to split it only to join it again is a tenth of all the time. What is white space
+    # and no blank is not printable.
+    clean = text.isprintable() and "  " not in text
     return text.strip() if clean else " ".join(text.split())
 
 

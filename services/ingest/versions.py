@@ -2,46 +2,84 @@
 
 Files are met in order, records in file order. Of two records with one PMID the higher PMID version stands, and of
 equal versions the later one. A deletion removes the record met so far, unless a higher version of it stands; a record
-that comes after its deletion counts again. Every record that does not stand is counted once in `replaced` or `deleted`.
+that comes after its deletion counts again. Every record that does not stand is counted once as replaced or deleted.
 """
 
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a record is: number of its file and its position there, both from 0."""
+from shared.ledger import Ledger
 
-    file: int
-    position: int
-    version: int
+HELD, NOTHING = -2, -1
 
 
-class Standing:
-    """PMID → place of the record that stands. Memory: one small entry per PMID, no text."""
+@dataclass(frozen=True)
+class Events:
+    """Records and deletions in the order of the input; columns of shape [k]. PMID 0 is a record without a PMID."""
 
-    def __init__(self) -> None:
-        self.places: dict[str, Place] = {}
-        self.replaced = 0
-        self.deleted = 0
+    pmids: NDArray[np.int64]
+    versions: NDArray[np.uint8]
+    deletes: NDArray[np.bool_]
 
-    def add(self, pmid: str, place: Place) -> None:
-        """Meet a record; call in the order of the input."""
-        held = self.places.get(pmid)
-        if held is not None:
-            self.replaced += 1
-            if held.version > place.version:
-                return
-        self.places[pmid] = place
+    @classmethod
+    def joined(cls, parts: list["Events"]) -> "Events":
+        """All parts, one behind the other."""
+        return cls(
+            np.concatenate([np.empty(0, np.int64), *(part.pmids for part in parts)]),
+            np.concatenate([np.empty(0, np.uint8), *(part.versions for part in parts)]),
+            np.concatenate([np.empty(0, np.bool_), *(part.deletes for part in parts)]),
+        )
 
-    def delete(self, pmid: str, version: int) -> None:
-        """Meet a deletion; one of an unknown PMID means nothing here."""
-        held = self.places.get(pmid)
-        if held is not None and held.version <= version:
-            del self.places[pmid]
-            self.deleted += 1
 
-    def stands(self, pmid: str, *, file: int, position: int) -> bool:
-        """Whether the record at this place is the one that stands."""
-        held = self.places.get(pmid)
-        return held is not None and (held.file, held.position) == (file, position)
+@dataclass(frozen=True)
+class Settled:
+    """Which of the events are records that stand, which entries of the ledger remain, and what became of the others."""
+
+    stands: NDArray[np.bool_]  # shape [k]
+    remains: NDArray[np.bool_]  # shape [n]
+    replaced: int
+    deleted: int
+
+
+def settled(events: Events, ledger: Ledger) -> Settled:
+    """Meet the events in order, after all that the ledger holds."""
+    stands, remains = np.zeros(len(events.pmids), bool), np.ones(len(ledger), bool)
+    replaced = deleted = 0
+    named = np.flatnonzero(events.pmids)
+    order = named[np.argsort(events.pmids[named], kind="stable")]
+    starts = np.flatnonzero(np.diff(events.pmids[order], prepend=0))
+    ends = np.append(starts[1:], len(order))
+    held = ledger.places(events.pmids[order[starts]])
+    plain = (ends - starts == 1) & (held < 0)  # most PMIDs are new and come once: no Python for them
+    stands[order[starts[plain]]] = ~events.deletes[order[starts[plain]]]
+    for group in np.flatnonzero(~plain).tolist():
+        entry = int(held[group])
+        version = None if entry < 0 else int(ledger.versions[entry])
+        standing, out, gone = _replayed(events, order[starts[group] : ends[group]].tolist(), version)
+        replaced, deleted = replaced + out, deleted + gone
+        if standing >= 0:
+            stands[standing] = True
+        if entry >= 0 and standing != HELD:
+            remains[entry] = False
+    return Settled(stands, remains, replaced, deleted)
+
+
+def _replayed(events: Events, met: list[int], version: int | None) -> tuple[int, int, int]:
+    """Of the events of one PMID, the one that stands in the end, and how many records were replaced and deleted.
+
+    `version` is that of the ledger's entry, None without one. HELD: that entry stands; NOTHING: no record does.
+    """
+    standing, current = (NOTHING, 0) if version is None else (HELD, version)
+    replaced = deleted = 0
+    for event in met:
+        new = int(events.versions[event])
+        if events.deletes[event]:
+            if standing != NOTHING and current <= new:
+                standing, deleted = NOTHING, deleted + 1
+            continue
+        replaced += standing != NOTHING
+        if standing == NOTHING or current <= new:
+            standing, current = event, new
+    return standing, replaced, deleted

@@ -10,19 +10,15 @@ that does not mend it, `cut` raises BadReply with both numbers. More papers in t
 error: PubMed finds a paper at its electronic and at its printed date, which may lie in two windows.
 """
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date, timedelta
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import structlog
 
 from shared.clients import BadReply
 from shared.command import UsageError
-from shared.files import write_atomically
 
 CAP = 9_999
 OLDEST = date(1700, 1, 1)  # PubMed's oldest papers are of the 1780s
@@ -56,15 +52,6 @@ class Window:
     def __str__(self) -> str:
         parts = [str(self.published or "all")]
         return "_created_".join(parts if self.created is None else [*parts, str(self.created)])
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Windows and their counts in the order of fetching, the count of the whole query, and the day of planning."""
-
-    windows: Mapping[Window, int]
-    found: int
-    begun: date
 
 
 Count = Callable[[Window], int]
@@ -105,22 +92,6 @@ def agreed(count: Callable[[], int], *known: int) -> int:
     raise BadReply(SERVICE, f"gave {len(seen)} different counts for one search ({sorted(seen)}); run again later")
 
 
-def write_plan(path: Path, kept: Plan) -> None:
-    """Keep a plan."""
-    rows = [[_texts(window.published), _texts(window.created), papers] for window, papers in kept.windows.items()]
-    text = json.dumps({"begun": kept.begun.isoformat(), "found": kept.found, "windows": rows})
-    write_atomically(path, text + "\n")
-
-
-def read_plan(path: Path) -> Plan | None:
-    """A kept plan, or None."""
-    if not path.is_file():
-        return None
-    kept = json.loads(path.read_text(encoding="utf-8"))
-    windows = {Window(_days(published), _days(created)): papers for published, created, papers in kept["windows"]}
-    return Plan(windows, kept["found"], date.fromisoformat(kept["begun"]))
-
-
 def _split(count: Count, window: Window, papers: int, every_day: Days) -> dict[Window, int]:
     parts = _parts(window, papers, every_day)
     counts = {parts[0]: count(parts[0])}
@@ -158,11 +129,3 @@ def _parts(window: Window, papers: int, every_day: Days) -> list[Window]:
         f"expected at most {CAP} papers published on {published.first} and created in PubMed on {created.first}, "
         f"found {papers}; narrow DRZERO_INGEST__QUERY"
     )
-
-
-def _texts(days: Days | None) -> list[str] | None:
-    return None if days is None else [days.first.isoformat(), days.last.isoformat()]
-
-
-def _days(texts: Any) -> Days | None:
-    return None if texts is None else Days(*map(date.fromisoformat, texts))

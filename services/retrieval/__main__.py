@@ -12,6 +12,7 @@ import uvicorn
 
 from services.retrieval.app import create_app
 from shared.command import run
+from shared.gpu import self_test
 from shared.settings import Settings
 from shared.sockets import listen
 
@@ -21,6 +22,7 @@ GRACE_S = 10  # a container is killed 10 s after SIGTERM, by default
 def main(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
     """Serve until SIGTERM or SIGINT; raises what kept the searcher from opening."""
     listener = listen("retrieval", settings.retrieval.host, settings.retrieval.port)
+    self_test(settings, "retrieval", log)
     failures: list[BaseException] = []
 
     def give_up(error: BaseException) -> None:

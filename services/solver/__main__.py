@@ -12,6 +12,7 @@ import structlog
 
 from services.solver.sglang import sglang_command
 from shared.command import run
+from shared.gpu import self_test
 from shared.model_files import resolve_model
 from shared.settings import Settings
 from shared.sockets import listen
@@ -21,6 +22,7 @@ def main(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
     """Start the engine of the settings; returns when the server is stopped."""
     solver = settings.solver
     listener = listen("solver", solver.host, solver.port)
+    self_test(settings, "solver", log)
     folder = resolve_model(solver.model, settings)
     log.info("solver starts", engine=solver.engine, model=solver.model, port=solver.port)
     if solver.engine == "sglang":

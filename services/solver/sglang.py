@@ -18,6 +18,7 @@ def sglang_command(solver: SolverSettings, folder: str) -> list[str]:
         "--tp-size": solver.sglang.tp_size,
         "--dp-size": solver.sglang.dp_size,
         "--cuda-graph-max-bs": solver.sglang.cuda_graph_max_bs,
+        "--chunked-prefill-size": solver.sglang.chunked_prefill_tokens,
         "--attention-backend": solver.sglang.attention_backend,
         "--sampling-backend": solver.sglang.sampling_backend,
     }

@@ -20,6 +20,7 @@ from services.trainer.report import write_report
 from services.trainer.seeds import make_seeds
 from services.trainer.train import train
 from shared.command import UsageError, run
+from shared.gpu import self_test
 from shared.settings import Settings
 
 Stage = Callable[[Settings, RunPaths, structlog.stdlib.BoundLogger], None]
@@ -36,6 +37,8 @@ STAGES: dict[str, Stage] = {
 def main(stages: list[str], settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
     """Run the named stages of the settings' run."""
     paths = run_paths(settings)
+    if "train" in stages:
+        self_test(settings, "trainer", log)
     with only_driver(paths):
         server = status.serve_in_background(settings.trainer, paths.report)
         for name in stages:

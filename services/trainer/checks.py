@@ -13,7 +13,7 @@ import structlog
 
 from services.trainer.fitting import one_child
 from services.trainer.paths import RunPaths
-from services.trainer.seeds import SOURCE
+from services.trainer.protocol import SOURCE
 from services.trainer.templates import model_problems
 from shared.command import UsageError
 from shared.files import ArtifactError
@@ -72,11 +72,12 @@ def batch_problems(trainer: TrainerSettings) -> list[str]:
     """What verl's batches and the advantage demand of a step's rollouts."""
     actor, problems = trainer.actor, []
     rollouts = trainer.prompts_per_step * trainer.rollouts_per_prompt
-    portion = actor.gpus * actor.nodes * actor.micro_batch
+    micro_batch = 1 if actor.packed else actor.micro_batch  # packed, passes are filled by tokens
+    portion = actor.gpus * actor.nodes * micro_batch
     if rollouts % portion:
         problems.append(
             f"expected the rollouts of a step to be a multiple of gpus × nodes × micro-batch = {actor.gpus} × "
-            f"{actor.nodes} × {actor.micro_batch} = {portion}, found {trainer.prompts_per_step} × "
+            f"{actor.nodes} × {micro_batch} = {portion}, found {trainer.prompts_per_step} × "
             f"{trainer.rollouts_per_prompt} = {rollouts}; change DRZERO_TRAINER__PROMPTS_PER_STEP, "
             "DRZERO_TRAINER__ROLLOUTS_PER_PROMPT or DRZERO_TRAINER__ACTOR__MICRO_BATCH"
         )

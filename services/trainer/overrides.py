@@ -39,23 +39,32 @@ def verl_overrides(settings: Settings, paths: RunPaths, *, model: str, resume_fr
         "data.truncation": "error",
         # --- the model and its update
         "actor_rollout_ref.model.path": model,
-        "actor_rollout_ref.model.use_remove_padding": False,
+        "actor_rollout_ref.model.use_remove_padding": actor.packed,
+        "actor_rollout_ref.model.use_fused_kernels": actor.packed,
         "actor_rollout_ref.model.enable_gradient_checkpointing": actor.gradient_checkpointing,
         "actor_rollout_ref.model.lora_rank": actor.lora_rank,
-        "+actor_rollout_ref.model.override_config.attn_implementation": actor.attention,
+        "actor_rollout_ref.model.lora_alpha": actor.lora_alpha,
+        # SGLang is given merged weights as without LoRA; serving the adapter beside the base is a way of its own.
+        "actor_rollout_ref.model.lora.merge": actor.lora_rank > 0,
+        # verl writes this into every checkpoint's config.json, and no server knows our own: packed_engine.py sets that.
+        "+actor_rollout_ref.model.override_config.attn_implementation": "sdpa" if actor.packed else actor.attention,
         "actor_rollout_ref.actor.strategy": "fsdp2",
         "actor_rollout_ref.actor.optim.lr": actor.learning_rate,
         "actor_rollout_ref.actor.optim.lr_warmup_steps": math.ceil(actor.warmup_share * trainer.steps),
         "actor_rollout_ref.actor.grad_clip": actor.max_grad_norm,
         "actor_rollout_ref.actor.ppo_mini_batch_size": trainer.prompts_per_step,
         "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu": actor.micro_batch,
+        "actor_rollout_ref.actor.use_dynamic_bsz": actor.packed,
+        "actor_rollout_ref.actor.ppo_max_token_len_per_gpu": actor.micro_batch
+        * (trainer.prompt_tokens + trainer.response_tokens),
         "actor_rollout_ref.actor.use_kl_loss": False,
         "actor_rollout_ref.actor.use_torch_compile": False,
         "actor_rollout_ref.actor.fsdp_config.model_dtype": "fp32" if actor.master_dtype == "float32" else "bf16",
         "actor_rollout_ref.actor.fsdp_config.dtype": cpu_dtype(actor.dtype),
-        "actor_rollout_ref.actor.fsdp_config.use_torch_compile": False,
+        "actor_rollout_ref.actor.fsdp_config.use_torch_compile": actor.packed and actor.compile_layers,
         "actor_rollout_ref.actor.fsdp_config.param_offload": actor.offload,
         "actor_rollout_ref.actor.fsdp_config.optimizer_offload": actor.offload,
+        "actor_rollout_ref.actor.fsdp_config.offload_policy": actor.offload_update,
         "actor_rollout_ref.actor.checkpoint.save_contents": ["model", "optimizer", "extra", "hf_model"],
         # --- rollouts
         "actor_rollout_ref.rollout.name": actor.rollout_engine,
@@ -116,9 +125,18 @@ def verl_overrides(settings: Settings, paths: RunPaths, *, model: str, resume_fr
             ("attention_backend", settings.solver.sglang.attention_backend),
             ("sampling_backend", settings.solver.sglang.sampling_backend),
             ("grammar_backend", settings.solver.sglang.grammar_backend),
+            ("chunked_prefill_size", settings.solver.sglang.chunked_prefill_tokens),
+            # Graphs for larger batches than a card's share of a step would only cost start time and memory.
+            ("cuda_graph_max_bs", rollouts_per_card(settings)),
         )
     }
     return [f"{key}={_hydra(value)}" for key, value in values.items()]
+
+
+def rollouts_per_card(settings: Settings) -> int:
+    """Rollouts of one step that a card generates, at most the 256 that SGLang would capture graphs for by itself."""
+    trainer, actor = settings.trainer, settings.trainer.actor
+    return min(256, math.ceil(trainer.prompts_per_step * trainer.rollouts_per_prompt / (actor.gpus * actor.nodes)))
 
 
 def _hydra(value: Any) -> str:

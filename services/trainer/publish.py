@@ -11,6 +11,7 @@ from typing import Any
 
 import structlog
 
+from services.trainer.adapters import merge_adapters
 from services.trainer.checkpoints import newest_checkpoint
 from services.trainer.paths import RunPaths
 from shared.files import ArtifactError, publish, read_manifest, stale_reason
@@ -33,8 +34,7 @@ def publish_weights(settings: Settings, paths: RunPaths, log: structlog.stdlib.B
         )
     base = resolve_model(settings.trainer.actor.model, settings)
     with publish(paths.weights, settings={}, made_from=origin) as draft:
-        for file in sorted((newest[1] / "actor" / "huggingface").iterdir()):
-            shutil.copyfile(file, draft.path / file.name)
+        copy_weights(newest[1], draft.path)
         change = weight_change(Path(base), draft.path)
         (draft.path / "change.json").write_text(json.dumps(change, indent=2) + "\n", encoding="utf-8")
         draft.rows = 1
@@ -46,9 +46,15 @@ def publish_last_good(paths: RunPaths, checkpoint: tuple[int, Path]) -> None:
     step, folder = checkpoint
     origin = {"seeds": read_manifest(paths.seeds).identity}
     with publish(paths.last_good, settings={"step": step}, made_from=origin) as draft:
-        for file in sorted((folder / "actor" / "huggingface").iterdir()):
-            shutil.copyfile(file, draft.path / file.name)
+        copy_weights(folder, draft.path)
         draft.rows = 1
+
+
+def copy_weights(checkpoint: Path, folder: Path) -> None:
+    """Copy a checkpoint's Hugging Face files into `folder`, adapters merged."""
+    for file in sorted((checkpoint / "actor" / "huggingface").iterdir()):
+        shutil.copyfile(file, folder / file.name)
+    merge_adapters(checkpoint / "actor", folder)
 
 
 def weight_change(base: Path, trained: Path) -> dict[str, float | int]:

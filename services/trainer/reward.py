@@ -26,10 +26,12 @@ from services.trainer.gate import form_at
 from services.trainer.judge import Surroundings, invalid_reason, judge, worth_attempting
 from services.trainer.matching import normalise
 from services.trainer.paths import RunPaths, run_paths
+from services.trainer.protocol import SOURCE
 from services.trainer.recent import RecentQuestions
 from services.trainer.records import TRAIN
 from services.trainer.scores import Proposal
 from services.trainer.tokens import Tokens
+from shared.balance import addresses_in
 from shared.clients import SearchClient, SolverClient
 from shared.corpus import Corpus
 from shared.files import ArtifactError
@@ -38,7 +40,7 @@ from shared.records import Attempt
 from shared.settings import Settings, load_settings
 from shared.transcript import search_calls, split_response
 
-SOURCE = re.compile(r"search_biomedical_([1-9])")
+SEEDED = re.compile(rf"{SOURCE}([1-9])")
 PMID_SHOWN = re.compile(r"\bPMID (\d{1,9}):")
 
 Scores = list[dict[str, float]]
@@ -86,9 +88,10 @@ def compute_biomedical_challenger_score_batch(
 ) -> Scores:
     """Score many decoded responses against the solver `model_name` at `base_url`, `reward_rollout_n` attempts each.
 
-    `extra_infos` hold at least `document` and `pmid`. The result has one dict per response, in order, with `score`,
-    `valid` (0 where the solver or search could not be reached: mask such a sample, do not train on its score) and every
-    part by name. Raises ValueError when the lists differ in length or a data source is unknown.
+    `base_url` is one address or several separated by commas. `extra_infos` hold at least `document` and `pmid`. The
+    result has one dict per response, in order, with `score`, `valid` (0 where the solver or search could not be
+    reached: mask such a sample, do not train on its score) and every part by name. Raises ValueError when the lists
+    differ in length or a data source is unknown.
     """
     # Before anything is asked of the solver, so that a wrong row costs no attempts.
     samples = list(zip(map(hop_of, data_sources), solution_strs, extra_infos, strict=True))
@@ -96,7 +99,8 @@ def compute_biomedical_challenger_score_batch(
     reward = base.trainer.reward.model_copy(
         update={"attempts": reward_rollout_n, "min_attempts": min(base.trainer.reward.min_attempts, reward_rollout_n)}
     )
-    solver = base.solver.model_copy(update={"served_name": model_name, "url": base_url.rstrip("/").removesuffix("/v1")})
+    url = ",".join(address.removesuffix("/v1") for address in addresses_in(base_url))
+    solver = base.solver.model_copy(update={"served_name": model_name, "url": url})
     trainer = base.trainer.model_copy(update={"reward": type(reward).model_validate(reward.model_dump())})
     settings = base.model_copy(update={"solver": solver, "trainer": trainer})
 
@@ -200,9 +204,9 @@ def read_response(text: str) -> dict[str, Any]:
 
 def hop_of(data_source: str) -> int:
     """The hop number of `search_biomedical_<hop>`; ValueError for any other source."""
-    match = SOURCE.fullmatch(data_source)
+    match = SEEDED.fullmatch(data_source)
     if match is None:
-        raise ValueError(f"expected a data_source of the form search_biomedical_<hop>, got {data_source!r}")
+        raise ValueError(f"expected a data_source of the form {SOURCE}<hop>, got {data_source!r}")
     return int(match[1])
 
 

@@ -18,7 +18,7 @@ import structlog
 
 from services.trainer.fitting import FittedSeed, fit_in_child, prompt_of
 from services.trainer.paths import RunPaths
-from services.trainer.protocol import AGENT, SEARCH_TOOL, prompt_hash
+from services.trainer.protocol import AGENT, SEARCH_TOOL, SOURCE, prompt_hash
 from shared.command import UsageError
 from shared.corpus import Corpus
 from shared.files import hash_json, publish, stale_reason
@@ -26,8 +26,6 @@ from shared.model_files import resolve_model, weights_identity
 from shared.pmids import read_pmids
 from shared.records import Paper, Seed
 from shared.settings import Settings, TrainerSettings
-
-SOURCE = "search_biomedical_"  # followed by the number of hops; verl reports per data_source
 
 
 @dataclass(frozen=True, slots=True)

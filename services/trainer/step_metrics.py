@@ -11,7 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from statistics import fmean, stdev
 
-from services.trainer.records import Verdict
+import numpy as np
+
+from services.trainer.records import Verdict, valid_only
 
 PARTS = frozenset({"score", "format", "difficulty", "bonus", "citations", "genes", "reasoning", "novelty"})
 LONGEST_TEXT = 200
@@ -22,7 +24,7 @@ def step_metrics(verdicts: Sequence[Verdict]) -> dict[str, float]:
     """All numbers of a step's verdicts, invalid ones among them; {} for none."""
     if not verdicts:
         return {}
-    valid = [verdict for verdict in verdicts if verdict["valid"]]
+    valid = valid_only(verdicts)
     return {
         **work(verdicts),
         **times(verdicts),
@@ -55,10 +57,10 @@ def times(verdicts: Sequence[Verdict]) -> dict[str, float]:
     """Median, 95th percentile and maximum of the seconds of attempts, and of all attempts at a question together."""
     questions = [float(verdict["seconds_attempts"]) for verdict in verdicts if verdict["attempts"]]
     return {
-        f"seconds/{what}/{name}": percentile(values, share)
+        f"seconds/{what}/{name}": float(value)
         for what, values in (("attempt", attempt_seconds(verdicts)), ("question", questions))
         if values
-        for name, share in (("p50", 0.5), ("p95", 0.95), ("max", 1.0))
+        for name, value in zip(("p50", "p95", "max"), np.quantile(values, (0.5, 0.95, 1.0)), strict=True)
     }
 
 
@@ -118,15 +120,6 @@ def attempt_seconds(verdicts: Iterable[Verdict]) -> list[float]:
     return [float(attempt["seconds"]) for verdict in verdicts for attempt in verdict["attempts"]]
 
 
-def percentile(values: Sequence[float], share: float) -> float:
-    """The value under which `share` of the values lie, between two of them by straight line; needs one value."""
-    ordered = sorted(values)
-    place = share * (len(ordered) - 1)
-    below = int(place)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (place - below) * (ordered[above] - ordered[below])
-
-
 def console_lines(step: int, metrics: Mapping[str, float], verdicts: Sequence[Verdict]) -> list[tuple[str, str]]:
     """Labels and texts of one step, from its `step_metrics` and a sample; none for a step without verdicts."""
     if not verdicts:
@@ -164,7 +157,7 @@ def rewards(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
 
 def sample_lines(verdicts: Sequence[Verdict]) -> list[tuple[str, str]]:
     """The valid rollout with the highest score among those with attempts; [] when there is none."""
-    tried = [verdict for verdict in verdicts if verdict["valid"] and verdict["attempts"]]
+    tried = [verdict for verdict in valid_only(verdicts) if verdict["attempts"]]
     if not tried:
         return []
     best = max(tried, key=lambda verdict: float(verdict["score"]))

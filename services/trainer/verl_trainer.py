@@ -30,6 +30,7 @@ from services.trainer.paths import run_paths
 from services.trainer.protocol import TRAINER
 from services.trainer.records import TRAIN, append_refusal, read_verdicts
 from services.trainer.reward import hop_of
+from shared.balance import addresses_in
 from shared.clients import Unavailable
 from shared.files import write_atomically
 from shared.settings import Settings, TrainerSettings, load_settings
@@ -142,14 +143,16 @@ def wait_for_health(settings: Settings, reason: str) -> None:
     """
     waiting, patience = run_paths(settings).waiting, settings.trainer.patience_s
     give_up = time.monotonic() + patience
-    probes = (("retrieval", f"{settings.retrieval.url}/ready"), ("solver", f"{settings.solver.url}/health"))
-    for service, address in probes:
+    probes = (("retrieval", settings.retrieval.url, "/ready"), ("solver", settings.solver.url, "/health"))
+    for service, urls, path in probes:
+        asked = [f"{url}{path}" for url in addresses_in(urls)]
+        places = " or ".join(asked)
         # Written before the question: a service that hangs takes its time to say nothing.
-        write_atomically(waiting, json.dumps({"text": f"{reason}; waiting for {service} at {address}"}))
-        while not answers(address):
+        write_atomically(waiting, json.dumps({"text": f"{reason}; waiting for {service} at {places}"}))
+        while not any(map(answers, asked)):
             if time.monotonic() > give_up:
                 with noting_outage():
-                    raise Unavailable(service, f"{address} is not healthy after {patience:.0f} s ({reason})")
+                    raise Unavailable(service, f"{places} is not healthy after {patience:.0f} s ({reason})")
             time.sleep(PROBE_S)
     waiting.unlink(missing_ok=True)
 
