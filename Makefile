@@ -87,7 +87,6 @@ $(VENV)/.installed: requirements.txt requirements-demo-models.txt
 
 # ---- pins ------------------------------------------------------------------------------------------------------------
 
-UV_VERSION := 0.13.9
 UV := $(VENV)/bin/uv
 COMPILE = $(UV) pip compile --quiet --no-annotate --custom-compile-command "make requirements"
 # Valid for Python 3.11 and 3.12 on any system; markers keep the differences.
@@ -98,7 +97,6 @@ GPU := --python-version 3.12 --python-platform x86_64-manylinux_2_35 --prereleas
 
 .PHONY: requirements
 requirements: venv  ## Compile all pins again from pyproject.toml (delete a file first to upgrade what it pins)
-	$(PY) -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
 	$(COMPILE) $(UNIVERSAL) pyproject.toml --all-extras -o requirements.txt
 	for service in ingest retrieval solver trainer; do
 	  $(COMPILE) $(UNIVERSAL) pyproject.toml --extra $$service -c requirements.txt -o services/$$service/requirements.txt

@@ -223,7 +223,7 @@ def test_another_format_is_expected_and_found(tmp_path: Path) -> None:
     make(tmp_path / "a", "one")
     path = tmp_path / "a" / MANIFEST
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
-    with pytest.raises(ArtifactError, match="has format 99, expected 1; make it again"):
+    with pytest.raises(ArtifactError, match="has format 99, expected 2; make it again"):
         read_manifest(tmp_path / "a")
 
 

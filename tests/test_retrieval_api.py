@@ -35,7 +35,7 @@ QUERIES = [
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     folder = tmp_path_factory.mktemp("data")
-    publish_corpus(folder)
+    publish_corpus(folder, PAPERS)
     built = settings_for(folder)
     build(built, structlog.get_logger())
     return built

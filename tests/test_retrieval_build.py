@@ -35,7 +35,7 @@ def command(folder: Path, **more: str) -> "subprocess.Popen[str]":
 
 
 def test_a_second_build_keeps_the_index_and_a_changed_setting_or_corpus_makes_it_again(tmp_path: Path) -> None:
-    publish_corpus(tmp_path)
+    publish_corpus(tmp_path, PAPERS)
     settings = settings_for(tmp_path)
     assert build(settings, LOG)
     first = read_manifest(tmp_path / "index", verify=True)
@@ -69,7 +69,7 @@ def test_only_new_texts_are_embedded_and_the_index_is_the_same_as_one_made_afres
 
 
 def test_vectors_of_another_encoder_are_not_taken_over(tmp_path: Path) -> None:
-    publish_corpus(tmp_path)
+    publish_corpus(tmp_path, PAPERS)
     build(settings_for(tmp_path), LOG)
     build(settings_for(tmp_path, RETRIEVAL__ENCODER__MAX_TOKENS="16"), LOG)
     assert read_manifest(tmp_path / "index").counts["reused"] == 0
@@ -84,7 +84,7 @@ def test_an_earlier_row_is_found_by_its_text_and_by_nothing_else(earlier: list[s
 
 
 def test_a_second_command_says_that_the_index_is_kept(tmp_path: Path) -> None:
-    publish_corpus(tmp_path)
+    publish_corpus(tmp_path, PAPERS)
     build(settings_for(tmp_path), LOG)
     process = command(tmp_path)
     _, errors = process.communicate(timeout=60)
@@ -93,7 +93,7 @@ def test_a_second_command_says_that_the_index_is_kept(tmp_path: Path) -> None:
 
 
 def test_an_index_of_another_corpus_is_refused(tmp_path: Path) -> None:
-    publish_corpus(tmp_path)
+    publish_corpus(tmp_path, PAPERS)
     build(settings_for(tmp_path), LOG)
     publish_corpus(tmp_path, [replace(paper, title=paper.title.upper()) for paper in PAPERS])
     with pytest.raises(ArtifactError, match=r"index made from another corpus: expected .* `python -m services"):
@@ -137,7 +137,7 @@ def test_the_command_without_a_corpus_ends_with_one_sentence(tmp_path: Path) -> 
 
 
 def test_a_killed_build_leaves_the_old_index_and_the_next_one_finishes(tmp_path: Path) -> None:
-    publish_corpus(tmp_path)
+    publish_corpus(tmp_path, PAPERS)
     settings, changed = settings_for(tmp_path), {"RETRIEVAL__ENCODER__MAX_TOKENS": "48"}
     build(settings, LOG)
     old = read_manifest(tmp_path / "index")

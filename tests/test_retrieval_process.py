@@ -40,7 +40,7 @@ def last_words(process: "subprocess.Popen[str]") -> str:
 
 @needs_minilm
 def test_the_process_lives_at_once_answers_when_ready_and_ends_well_on_sigterm(tmp_path: Path) -> None:
-    publish_corpus(tmp_path)
+    publish_corpus(tmp_path, PAPERS)
     build(settings_for(tmp_path), structlog.get_logger())
     port = free_port()
     process = service(tmp_path, port)

@@ -1,8 +1,8 @@
 """What verl loads in each of its processes (`VERL_USE_EXTERNAL_MODULES=services.trainer.plugin`).
 
 Everywhere: our trainer class, by verl's own registry. On a CPU verl also lacks a device, an engine for it and a rollout
-without SGLang; `cpu_platform.py` and `cpu_rollout.py` add them. With attention `varlen`, the processes with a rank, which
-are those that train, take our engine.
+without SGLang; `cpu_platform.py` and `cpu_rollout.py` add them. With attention `varlen`, processes with a rank, those
+that train, take our engine.
 """
 
 import os
