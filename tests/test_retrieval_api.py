@@ -195,6 +195,7 @@ def test_openapi_states_the_limits_and_the_metrics_name_the_routes(http: httpx.C
     http.get("/documents/1")
     text = http.get("/metrics").text
     assert 'drzero_retrieval_requests_total{route="/documents/{pmid}",status="404"}' in text
+    assert f'drzero_retrieval_corpus_records{{count="kept"}} {len(PAPERS)}.0' in text
     for stage in ("encode", "search", "fetch"):
         assert f'drzero_retrieval_stage_seconds_count{{stage="{stage}"}}' in text
 

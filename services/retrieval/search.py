@@ -9,7 +9,7 @@ Not thread-safe: use it from the thread that made it.
 
 from collections.abc import Sequence
 
-from prometheus_client import Histogram
+from prometheus_client import Gauge, Histogram
 
 from services.retrieval.encoder import Encoder, identify
 from services.retrieval.index import FlatIndex
@@ -20,6 +20,12 @@ from shared.metrics import REGISTRY, SECONDS
 from shared.records import Hit, Paper
 from shared.settings import Settings
 
+RECORDS = Gauge(
+    "drzero_retrieval_corpus_records",
+    "Records of the corpus in use, by what ingest counted.",
+    ["count"],
+    registry=REGISTRY,
+)
 STAGE_SECONDS = Histogram(
     "drzero_retrieval_stage_seconds",
     "Time of one micro-batch in a stage: encode, search, fetch.",
@@ -35,6 +41,8 @@ class Searcher:
     def __init__(self, settings: Settings) -> None:
         # The links are resolved once, so that versions published later do not mix into this searcher.
         self.corpus = Corpus(corpus_folder(settings))
+        for name, number in self.corpus.manifest.counts.items():
+            RECORDS.labels(name).set(number)
         folder = require(index_folder(settings), "services.retrieval.build").resolve()
         manifest = read_manifest(folder)
         problem = difference(manifest, recipe(self.corpus.manifest, identify(settings)), index_folder(settings))
