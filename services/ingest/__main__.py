@@ -51,8 +51,8 @@ class Source(Protocol):
     def change(self, base: Base, draft: Path) -> Change:
         """What is new since the base, in corpus order; files put into `draft` become part of the artifact."""
 
-    def estimate(self) -> Estimate:
-        """What the run will take; reads sizes and counts only."""
+    def estimate(self, base: Base) -> Estimate:
+        """What a run that goes on from the base will take; reads sizes and counts only."""
 
     def done(self) -> None:
         """The corpus is published: what was kept for a resume may go."""
@@ -91,18 +91,18 @@ def ingest(settings: Settings, log: structlog.stdlib.BoundLogger, arguments: arg
     rules = Rules.of(settings.ingest)
     shaped_by = {"source": name, "shard_rows": settings.ingest.shard_rows, **rules.shape, **source.shaped_by}
     reason = stale_reason(target, settings=shaped_by, made_from=source.made_from)
+    anew = arguments.force or (strict and has_malformed(target))  # which is not what --strict promises
+    base = Base() if anew else base_of(target, source, shaped_by)
     if arguments.dry_run:
-        log.info("dry run: nothing is fetched or written", source=name, why=reason, **source.estimate().told())
+        log.info("dry run: nothing is fetched or written", source=name, why=reason, **source.estimate(base).told())
         return
     if arguments.fresh:
         source.done()
-    anew = arguments.force or (strict and has_malformed(target))  # which is not what --strict promises
     if reason is None and not anew and not arguments.update:
         manifest = read_manifest(target)
         log.info("corpus is reused", path=str(target), rows=manifest.rows, **manifest.counts)
         source.done()  # a kill between publishing and this line leaves kept replies behind
         return
-    base = Base() if anew else base_of(target, source, shaped_by)
     why = reason or ("--update" if arguments.update else "--force, or --strict with malformed files")
     log.info("corpus is made", source=name, path=str(target), why=why, goes_on_from=len(base.ledger))
     require_free_space(settings.storage.data_dir, settings.storage.min_free_gb)

@@ -35,7 +35,7 @@ class DemoRecords:
         self.made_from: Mapping[str, str] = {"demo": hash_file(RECORDS)}
         self.shaped_by: Mapping[str, Any] = {}
 
-    def estimate(self) -> Estimate:
+    def estimate(self, base: Base) -> Estimate:
         """The demo records cost no time worth telling."""
         papers = len(read_demo())
         return Estimate(papers, 0, 0.0, papers * CORPUS_BYTES, 0)

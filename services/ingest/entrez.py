@@ -74,8 +74,8 @@ class EntrezQuery:
         if self.job.folder.exists():
             shutil.rmtree(self.job.folder)
 
-    def estimate(self) -> Estimate:
-        """What a run from nothing will take; asks PubMed for the number of papers only."""
+    def estimate(self, base: Base) -> Estimate:
+        """What a run from nothing will take, which is the most; asks PubMed for the number of papers only."""
         ingest, caller = self.settings.ingest, self.job.caller
         with configured(caller):
             found = count(caller, self.query, self.whole)

@@ -66,10 +66,11 @@ class XmlFolder:
         self.made_from: Mapping[str, str] = {"xml": hash_json(self.digests)}
         self.shaped_by: Mapping[str, Any] = {}
 
-    def estimate(self) -> Estimate:
-        """From the sizes of the files."""
-        packed = [path for path in self.files if path.suffix.lower() == ".gz"]
-        total, of_packed = (sum(path.stat().st_size for path in paths) for paths in (self.files, packed))
+    def estimate(self, base: Base) -> Estimate:
+        """From the sizes of the files behind the base's."""
+        files = self.files[len(base.origin["files"]) if base.origin else 0 :]
+        packed = [path for path in files if path.suffix.lower() == ".gz"]
+        total, of_packed = (sum(path.stat().st_size for path in paths) for paths in (files, packed))
         return of_files(of_packed, total - of_packed, processes=self._processes)
 
     def done(self) -> None:
