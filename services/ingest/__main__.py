@@ -108,6 +108,11 @@ def ingest(settings: Settings, log: structlog.stdlib.BoundLogger, arguments: arg
     require_free_space(settings.storage.data_dir, settings.storage.min_free_gb)
     with publish(target, settings=shaped_by, made_from=source.made_from) as draft:
         change = source.change(base, draft.path)
+        if reason is None and not anew and change.is_nothing:
+            draft.discard = True  # a new version, if only of the day, would make all that follows from it anew
+            log.info("corpus is up to date", path=str(target), **change.counts)
+            source.done()
+            return
         write(change, base, draft, rules=rules, shard_rows=settings.ingest.shard_rows)
         if draft.rows == 0:
             raise UsageError(f"expected papers to keep, found none ({_told(draft.counts)}); the corpus stays as it was")

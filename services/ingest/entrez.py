@@ -26,16 +26,19 @@ from typing import Any
 import numpy as np
 import structlog
 
-from services.ingest.batches import Job, fetched
+from services.ingest.batches import Fetched, Job, fetched
 from services.ingest.estimate import Estimate, of_query
 from services.ingest.eutils import Caller, configured
+from services.ingest.filters import FATES, Rules, fate
 from services.ingest.pace import make_pace
 from services.ingest.plan import Known, made_plan
 from services.ingest.searches import count
 from services.ingest.store import Base, Change
 from services.ingest.windows import CAP, Days, Window, open_days
 from shared.command import UsageError
+from shared.corpus import Shards
 from shared.files import hash_json
+from shared.ledger import NO_ROW
 from shared.progress import Progress
 from shared.settings import IngestSettings, Settings
 
@@ -94,7 +97,8 @@ class EntrezQuery:
             plan = made_plan(job.folder / PLAN, job.caller, self.query, whole=self.whole, limit=limit, known=known)
             with Progress("ingest", self.settings, total=len(plan.fetch)) as progress:
                 came = fetched(job, plan.fetch, progress.advance)
-        pmids = np.array([pmid for pmid in plan.fetch if pmid in came.versions], np.int64)
+        same = unchanged(came, base, Rules.of(self.settings.ingest))
+        pmids = np.array([pmid for pmid in plan.fetch if pmid in came.versions and pmid not in same], np.int64)
         wanted = np.isin(base.ledger.pmids, np.array(plan.pmids, np.int64))
         remains = wanted & ~np.isin(base.ledger.pmids, pmids)
         carried, asked = int(remains.sum()), len(plan.pmids)
@@ -106,7 +110,27 @@ class EntrezQuery:
             structlog.get_logger().warning("NCBI sent fewer papers than it found", **counts)
         versions = np.array([min(came.versions[pmid], 255) for pmid in pmids.tolist()], np.uint8)
         origin = {"entrez_url": self.made_from["entrez_url"], "asked": plan.begun}
-        return Change(remains, pmids, versions, came.papers(), counts, origin)
+        papers = (paper for paper in came.papers() if int(paper.pmid) not in same)
+        return Change(remains, pmids, versions, papers, counts, origin)
+
+
+def unchanged(came: Fetched, base: Base, rules: Rules) -> set[int]:
+    """The PMIDs of papers that came as the base has them, or that are left out for the same reason as before.
+
+    PubMed's day of change says nothing of what has changed, which mostly is no field of a paper.
+    """
+    again = {pmid: place for pmid in came.versions if (place := base.ledger.place(pmid)) is not None}
+    if base.folder is None or not again:
+        return set()
+    ledger, shards = base.ledger, Shards(base.folder)
+    same = set[int]()
+    for paper in came.papers():
+        place = again.get(int(paper.pmid))
+        if place is None or FATES.index(fate(paper, rules)) != ledger.fates[place]:
+            continue
+        if ledger.rows[place] == NO_ROW or shards[int(ledger.rows[place])] == paper:
+            same.add(int(paper.pmid))
+    return same
 
 
 def make_caller(settings: Settings, ended: threading.Event) -> Caller:

@@ -61,6 +61,11 @@ class Change:
     counts: Counter[str]
     origin: Any  # JSON-ready
 
+    @property
+    def is_nothing(self) -> bool:
+        """Whether the corpus would be the one of before."""
+        return bool(self.remains.all()) and not len(self.pmids)
+
 
 @dataclass(frozen=True)
 class _Carried:
