@@ -359,7 +359,12 @@ class TrainerSettings(Section):
         180.0, description="How long a call waits for search or solver to come back before the run stops, in seconds."
     )
     stall_s: Seconds = Field(1800.0, description="Training without any sign of progress for so long is stopped.")
-    object_store_gb: float = Field(8.0, gt=0, description="Shared memory of Ray's object store, in GB.")
+    object_store_gb: float = Field(
+        8.0, gt=0, description="Shared memory of Ray's object store, in GB; a cluster that is joined has its own."
+    )
+    ray_address: str | None = Field(
+        None, description="Ray cluster to join (host:port); without it Ray is started on this machine for the run."
+    )
     restarts: int = Field(2, ge=0, description="How often training that crashed is resumed before the run stops.")
     actor: ActorSettings = ActorSettings()
     reward: RewardSettings = RewardSettings()

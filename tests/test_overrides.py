@@ -1,22 +1,24 @@
 """Every profile's overrides compose against verl's own configuration tree, and say what the settings say."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from services.trainer.checks import batch_problems
-from services.trainer.overrides import rollouts_per_card, verl_overrides
+from services.trainer.overrides import cluster_overrides, rollouts_per_card, verl_overrides
 from services.trainer.paths import run_paths
 from shared.settings import Settings, build_settings, profiles
 
 hydra = pytest.importorskip("hydra", reason="verl's configuration needs hydra, which only the trainer installs")
 
 
-def compose(settings: Settings, resume_from: str | None = None) -> Any:
+def compose(settings: Settings, resume_from: str | None = None, *, more: Sequence[str] = ()) -> Any:
     """verl's configuration with the overrides of these settings."""
     verl = pytest.importorskip("importlib.util").find_spec("verl")
     overrides = verl_overrides(settings, run_paths(settings), model="/models/x", resume_from=resume_from)
+    overrides += more
     folder = str(Path(verl.submodule_search_locations[0]) / "trainer" / "config")
     with hydra.initialize_config_dir(folder, version_base=None):
         return hydra.compose("ppo_trainer", overrides=[o for o in overrides if not o.startswith("hydra.")])
@@ -90,3 +92,15 @@ def test_batches_divide_among_the_devices(profile: str) -> None:
     settings = build_settings({"DRZERO_PROFILE": profile}).trainer
     sequences = settings.prompts_per_step * settings.rollouts_per_prompt
     assert sequences % (settings.actor.gpus * settings.actor.nodes) == 0
+
+
+def test_a_cluster_that_is_joined_keeps_its_size_and_is_told_the_environment() -> None:
+    given = {"DRZERO_PROFILE": "a100x1", "DRZERO_TRAINER__RAY_ADDRESS": "10.0.0.1:6379"}
+    settings = build_settings(given)
+    variables = {"DRZERO_TRAINER__RUN": "7", "PYTHONPATH": '/a b:/c,d=e"f', "DRZERO_INGEST__QUERY": "[x] AND {y}"}
+    joined = compose(settings, more=cluster_overrides(variables)).ray_kwargs.ray_init
+    assert joined.address == "10.0.0.1:6379"
+    assert joined.num_cpus is None
+    assert not {"num_gpus", "object_store_memory"} & set(joined)
+    assert dict(joined.runtime_env.env_vars) == variables
+    assert "address" not in compose(build_settings({"DRZERO_PROFILE": "a100x1"})).ray_kwargs.ray_init

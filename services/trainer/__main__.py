@@ -37,7 +37,7 @@ STAGES: dict[str, Stage] = {
 def main(stages: list[str], settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
     """Run the named stages of the settings' run."""
     paths = run_paths(settings)
-    if "train" in stages:
+    if "train" in stages and settings.trainer.ray_address is None:  # a cluster's GPUs are elsewhere
         self_test(settings, "trainer", log)
     with only_driver(paths):
         server = status.serve_in_background(settings.trainer, paths.report)

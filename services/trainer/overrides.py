@@ -6,12 +6,13 @@ prompts; with mini-batch = batch and one epoch the update is strictly on-policy,
 
 import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from services.trainer.paths import RunPaths
 from services.trainer.protocol import PARSER, TRAINER
 from shared.hardware import cpu_dtype
-from shared.settings import Settings
+from shared.settings import Settings, TrainerSettings
 
 MAX_PARALLEL_CALLS = 4  # search calls that are carried out in one turn; further ones count as failed
 RAY_CPUS = 64  # logical: verl's many small actors each claim one; it bounds nothing
@@ -110,10 +111,7 @@ def verl_overrides(settings: Settings, paths: RunPaths, *, model: str, resume_fr
         "trainer.resume_mode": "disable" if resume_from is None else "resume_path",
         # --- Ray
         "transfer_queue.backend.SimpleStorage.num_data_storage_units": trainer.storage_units,
-        "+ray_kwargs.ray_init.num_gpus": actor.gpus,
-        "ray_kwargs.ray_init.num_cpus": RAY_CPUS,
-        "+ray_kwargs.ray_init.include_dashboard": False,
-        "+ray_kwargs.ray_init.object_store_memory": int(trainer.object_store_gb * 1e9),
+        **_ray(trainer),
         "hydra.run.dir": str(paths.work / "hydra"),
         "hydra.output_subdir": "null",
     }
@@ -131,6 +129,23 @@ def verl_overrides(settings: Settings, paths: RunPaths, *, model: str, resume_fr
         )
     }
     return [f"{key}={_hydra(value)}" for key, value in values.items()]
+
+
+def _ray(trainer: TrainerSettings) -> dict[str, Any]:
+    if trainer.ray_address is not None:  # what the cluster has was said when it was started
+        return {"+ray_kwargs.ray_init.address": trainer.ray_address}
+    return {
+        "+ray_kwargs.ray_init.num_gpus": trainer.actor.gpus,
+        "ray_kwargs.ray_init.num_cpus": RAY_CPUS,
+        "+ray_kwargs.ray_init.include_dashboard": False,
+        "+ray_kwargs.ray_init.object_store_memory": int(trainer.object_store_gb * 1e9),
+    }
+
+
+def cluster_overrides(variables: Mapping[str, str]) -> list[str]:
+    """The environment of the processes that a cluster starts for us: theirs is that of `ray start`, not ours."""
+    prefix = "+ray_kwargs.ray_init.runtime_env.env_vars"
+    return [f"{prefix}.{name}={json.dumps(value, ensure_ascii=False)}" for name, value in sorted(variables.items())]
 
 
 def rollouts_per_card(settings: Settings) -> int:

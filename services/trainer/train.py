@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ import structlog
 from services.trainer.checkpoints import discard_incomplete, go_back, newest_checkpoint, prune
 from services.trainer.checks import check_training
 from services.trainer.outage import read_outage
-from services.trainer.overrides import verl_overrides
+from services.trainer.overrides import cluster_overrides, verl_overrides
 from services.trainer.paths import RunPaths
 from services.trainer.protocol import AGENT, SEARCH_TOOL, prompt_hash
 from services.trainer.publish import publish_last_good
@@ -168,7 +168,10 @@ def run_verl(settings: Settings, paths: RunPaths, log: structlog.stdlib.BoundLog
     if newest and newest[0] >= settings.trainer.steps:
         overrides += ["trainer.val_only=true", "trainer.val_before_train=true"]
     log.info("verl starts", steps=settings.trainer.steps, resumed_at=newest[0] if newest else 0)
-    with child(overrides, paths) as process:
+    variables = verl_variables(paths)
+    if settings.trainer.ray_address is not None:
+        overrides += cluster_overrides(cluster_variables(settings) | variables)
+    with child(overrides, variables, paths) as process:
         return follow(process, settings, paths, log)
 
 
@@ -180,14 +183,12 @@ def write_verl_files(paths: RunPaths) -> None:
     write_atomically(paths.agents_file, json.dumps([agent]))
 
 
-@contextmanager
-def child(overrides: list[str], paths: RunPaths) -> Iterator[subprocess.Popen[bytes]]:
-    """verl in a process group of its own; the group is ended when the block ends."""
-    metrics = paths.log / f"metrics-{time.time_ns()}.jsonl"
-    environment = os.environ | {
+def verl_variables(paths: RunPaths) -> dict[str, str]:
+    """What every process of verl finds in its environment besides what is there."""
+    return {
         "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "VERL_USE_EXTERNAL_MODULES": "services.trainer.plugin",
-        "VERL_FILE_LOGGER_PATH": str(metrics),
+        "VERL_FILE_LOGGER_PATH": str(paths.log / f"metrics-{time.time_ns()}.jsonl"),
         "HYDRA_FULL_ERROR": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -198,6 +199,22 @@ def child(overrides: list[str], paths: RunPaths) -> Iterator[subprocess.Popen[by
         # kernel knows better.
         "RAY_memory_monitor_refresh_ms": "0",
     }
+
+
+def cluster_variables(settings: Settings) -> dict[str, str]:
+    """Our settings for processes of a Ray cluster, but not the one that may hold a password: verl logs them."""
+    own = {name: value for name, value in os.environ.items() if name.startswith("DRZERO_")}
+    own.pop("DRZERO_REDIS__URL", None)
+    return own | {
+        "DRZERO_STORAGE__DATA_DIR": str(settings.storage.data_dir.absolute()),
+        "DRZERO_STORAGE__SCRATCH_DIR": str(settings.storage.scratch_dir.absolute()),
+    }
+
+
+@contextmanager
+def child(overrides: list[str], variables: Mapping[str, str], paths: RunPaths) -> Iterator[subprocess.Popen[bytes]]:
+    """verl in a process group of its own; the group is ended when the block ends."""
+    environment = os.environ | variables
     command = [sys.executable, "-m", "services.trainer.verl_main", *overrides]
     with (paths.log / "verl.log").open("ab") as output:
         process = subprocess.Popen(
