@@ -72,13 +72,13 @@ def memory_problems(settings: Settings, cards: Sequence[Card]) -> list[str]:
     if shapes is None or not cards:
         return []
     card_gb = min(card.memory_gb for card in cards)
-    return plan_problems(settings, memory_plan(settings, shapes, card_gb), card_gb)
+    return plan_problems(settings, memory_plan(settings, shapes), card_gb)
 
 
 def planned_gb(settings: Settings, card_gb: float) -> float | None:
     """The peak of the plan on a card of this size; None while a model's shape is not known."""
     shapes = known_shapes(settings)
-    return None if shapes is None else peak_gb(memory_plan(settings, shapes, card_gb))
+    return None if shapes is None else peak_gb(memory_plan(settings, shapes))
 
 
 def described(card: Card) -> str:

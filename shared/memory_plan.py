@@ -5,12 +5,13 @@ the phases `rollout` (the engine generates), `backward` and `step` (the weights 
 the peak is always + the largest phase. Estimates that lean to the large side, meant to be read beside a measured peak.
 Retrieval, solver, trainer and rollout engine share every card; GB are 2³⁰ bytes, as a card's name counts them.
 
-    solver = share of the card that SGLang takes when it starts + what it needs besides
-    rollout engine = the same, of what is then left
+    solver = weights + keys and values of all requests that may run at once + what SGLang needs besides
+    rollout engine = the same for all rollouts of a step
     update = weights + gradients + AdamW's two moments + activations + logits
 """
 
 import argparse
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,13 +27,16 @@ from shared.settings import Settings
 DRIVER_GB = 0.75  # of a card's memory that CUDA never gives out: an A100 of 80 GB offers 79.25
 CONTEXT_GB = 0.6  # CUDA context, kernels and cuBLAS workspace of one process
 NCCL_GB = 1.0  # communication buffers of a trainer on several cards
-# What SGLang 0.5.12 sets aside in server_args.py: 0.5 GB for attention metadata and 8 MB for each of the about 50
-# piecewise graphs; 2 MB for each sequence of the largest captured batch.
+# What SGLang 0.5.12 sets aside in server_args.py: 0.5 GB for attention metadata, here twice that, and 2 MB for each
+# sequence of the largest captured batch.
 ENGINE_GB = 1.0
 GRAPH_GB = 2 / 1024
 # Bytes for each value of the logits, tokens × vocabulary, in verl 0.9.1's padded path (`prepare_model_outputs`, then
 # `logprobs_from_logits_v2`): bf16 logits 2, divided by the temperature 2, packed 2, float32 log-softmax 4.
 LOGIT_BYTES = 10
+# The same in our packed path, which holds one chunk of them (services/trainer/token_log_probs.py): bf16 logits and
+# gradient, and float32 in between; an H200 held 2.1 GB for 2²⁸ values.
+CHUNK_LOGITS, CHUNK_BYTES = 1 << 28, 8
 # Bytes that autograd keeps per token and layer of a Llama or Qwen2 block in bf16, per hidden and per intermediate
 # value: counted with torch's saved-tensor hooks on a CPU (24.5 to 25.1 and 8.0). With gradient checkpointing 2 bytes
 # per hidden value are kept of each layer, and one layer is computed again.
@@ -40,19 +44,18 @@ HIDDEN_BYTES, INTERMEDIATE_BYTES = 25, 8
 # The same without a backward pass: what one layer holds at once.
 FORWARD_HIDDEN_BYTES, FORWARD_INTERMEDIATE_BYTES = 10, 6
 
+SCORES_GB = 0.3  # of one part of the vectors, and the maxima of their groups: services/retrieval/card_index.py
+
 Phase = Literal["always", "rollout", "backward", "step"]
 PHASES: tuple[Phase, ...] = ("rollout", "backward", "step")
 
 
-SHARES = {
-    "solver": "DRZERO_SOLVER__SGLANG__MEM_FRACTION_STATIC",
-    "rollout engine": "DRZERO_TRAINER__ACTOR__GPU_MEMORY_UTILIZATION",
-}
+POOLS = {"solver": "DRZERO_SOLVER__SGLANG__KV_TOKENS", "rollout engine": "DRZERO_TRAINER__ACTOR__KV_TOKENS"}
 REMEDIES: dict[Phase, str] = {
-    "rollout": "lower DRZERO_TRAINER__ACTOR__GPU_MEMORY_UTILIZATION or DRZERO_SOLVER__SGLANG__MEM_FRACTION_STATIC, or "
-    "set DRZERO_TRAINER__ACTOR__OFFLOAD=true",
+    "rollout": "set DRZERO_TRAINER__ACTOR__KV_TOKENS or DRZERO_SOLVER__SGLANG__KV_TOKENS to less than the plan shows, "
+    "or DRZERO_TRAINER__ACTOR__OFFLOAD=true",
     "backward": "lower DRZERO_TRAINER__ACTOR__MICRO_BATCH, DRZERO_TRAINER__RESPONSE_TOKENS or "
-    "DRZERO_SOLVER__SGLANG__MEM_FRACTION_STATIC, set DRZERO_TRAINER__ACTOR__LORA_RANK=32, or use a smaller model",
+    "DRZERO_SOLVER__MAX_RUNNING, set DRZERO_TRAINER__ACTOR__LORA_RANK=32, or use a smaller model",
     "step": "set DRZERO_TRAINER__ACTOR__LORA_RANK=32 or DRZERO_TRAINER__ACTOR__OFFLOAD_UPDATE=true, or use a smaller "
     "model or more cards (DRZERO_GPUS)",
 }
@@ -85,51 +88,51 @@ def known_shapes(settings: Settings) -> Shapes | None:
     return Shapes(encoder, solver, actor) if encoder and solver and actor else None
 
 
-def memory_plan(settings: Settings, shapes: Shapes, card_gb: float) -> list[Part]:
+def memory_plan(settings: Settings, shapes: Shapes) -> list[Part]:
     """What the fullest card holds; services that do not use a GPU have no part in it."""
     parts = [Part("driver", "never given out", DRIVER_GB)]
     if settings.retrieval.encoder.device != "cpu":
         parts += retrieval_parts(settings, shapes.encoder)
     if settings.solver.engine == "sglang":
-        parts += solver_parts(settings, shapes.solver, card_gb - DRIVER_GB - CONTEXT_GB)
+        parts += solver_parts(settings, shapes.solver)
     if settings.trainer.actor.device == "cuda":
-        trainer = trainer_parts(settings, shapes.actor)
-        # The rollout engine starts after the trained weights are loaded and before AdamW has any state.
-        at_start = sum(part.gb for part in [*parts, *trainer] if part.phase == "always" and part.name != "AdamW state")
-        parts += [*trainer, *rollout_parts(settings, shapes.actor, card_gb - at_start - CONTEXT_GB)]
+        parts += [*trainer_parts(settings, shapes.actor), *rollout_parts(settings, shapes.actor)]
     return parts
 
 
 def retrieval_parts(settings: Settings, shape: Shape) -> list[Part]:
-    """Encoder, one batch of texts in it, and the vectors in float16 (in host memory while the search runs there)."""
+    """Encoder, one batch of texts in it, and what the search has on the card: vectors in float16 and some scores."""
     encoder = settings.retrieval.encoder
     size = 4 if encoder.dtype == "float32" else 2
     batch = encoder.batch_size * encoder.max_tokens * _forward_bytes(shape) * size / 2
-    return [
+    parts = [
         Part("retrieval", "CUDA context", CONTEXT_GB),
         Part("retrieval", "encoder weights", shape.parameters * size / GIB),
         Part("retrieval", "one batch of texts", batch / GIB),
-        Part("retrieval", f"vectors of {settings.ingest.max_records:,} papers", _index_gb(settings, shape)),
+    ]
+    if settings.retrieval.index.device == "cpu":
+        return parts
+    records = settings.ingest.max_records
+    return [
+        *parts,
+        Part("retrieval", f"vectors of {records:,} papers", records * shape.hidden * 2 / GIB),
+        Part("retrieval", "scores of one search", SCORES_GB),
     ]
 
 
-def _index_gb(settings: Settings, shape: Shape) -> float:
-    return settings.ingest.max_records * shape.hidden * 2 / GIB
+def solver_parts(settings: Settings, shape: Shape) -> list[Part]:
+    """SGLang: weights, a KV pool of `max_total_tokens`, graphs and passes.
 
-
-def solver_parts(settings: Settings, shape: Shape, free_gb: float) -> list[Part]:
-    """SGLang: weights + KV pool = mem_fraction_static × the memory free at its start; graphs and passes come on top.
-
-    Source: `_profile_available_bytes` and `_handle_gpu_memory_settings` of SGLang 0.5.12.
+    Source: `_apply_token_constraints` and `_handle_gpu_memory_settings` of SGLang 0.5.12.
     """
     solver, sglang = settings.solver, settings.solver.sglang
     weights = shape.parameters * 2 / sglang.tp_size / GIB
-    pool = sglang.mem_fraction_static * free_gb - weights
-    passes = _engine_gb(settings, shape, sequences=solver.max_running, graphs=sglang.cuda_graph_max_bs)
+    sequences = math.ceil(solver.max_running / sglang.dp_size)
+    passes = _engine_gb(settings, shape, sequences=sequences, graphs=sglang.cuda_graph_max_bs)
     return [
         Part("solver", "CUDA context", CONTEXT_GB),
         Part("solver", "weights, bf16", weights),
-        _kv_pool("solver", pool, shape, longest=solver.context_tokens, split=sglang.tp_size),
+        _kv_pool("solver", solver.kv_tokens, shape, longest=solver.context_tokens, split=sglang.tp_size),
         Part("solver", "graphs and forward passes", passes),
     ]
 
@@ -137,8 +140,8 @@ def solver_parts(settings: Settings, shape: Shape, free_gb: float) -> list[Part]
 def trainer_parts(settings: Settings, shape: Shape) -> list[Part]:
     """The update by FSDP2: states by trained weight, activations and logits by token of a micro-batch.
 
-    States: weights, gradients and AdamW's m and v in the master precision, split over the cards. The step's own
-    temporaries are another copy of the trained weights (torch's multi-tensor AdamW, the default on CUDA).
+    States: weights, gradients and AdamW's m and v in the master precision, split over the cards. The step itself holds
+    nothing more (fused AdamW). FSDP2 keeps the sum of a step's gradients whole until it splits it among several cards.
     """
     trainer, actor = settings.trainer, settings.trainer.actor
     size, cards = (4 if actor.master_dtype == "float32" else 2), actor.gpus * actor.nodes
@@ -147,6 +150,8 @@ def trainer_parts(settings: Settings, shape: Shape) -> list[Part]:
     on_card = 0.0 if actor.offload_update else size / cards / GIB
     at_rest: tuple[Phase, ...] = ("backward", "step") if actor.offload else ("always",)
     tokens = actor.micro_batch * (trainer.prompt_tokens + trainer.response_tokens)
+    logits = tokens * shape.vocabulary
+    logit_bytes = min(logits, CHUNK_LOGITS) * CHUNK_BYTES if actor.packed else logits * LOGIT_BYTES
     layer = HIDDEN_BYTES * shape.hidden + INTERMEDIATE_BYTES * shape.intermediate
     saved = 2 * shape.hidden * shape.layers + layer if actor.gradient_checkpointing else layer * shape.layers
     embedding = shape.vocabulary * shape.hidden
@@ -160,23 +165,21 @@ def trainer_parts(settings: Settings, shape: Shape) -> list[Part]:
         # bf16 copies of embeddings and two layers that FSDP gathers, and as many gradients before they are split.
         Part("trainer", "gathered by FSDP", (2 if actor.lora_rank else 4) * (embedding + two_layers) / GIB, "backward"),
         Part("trainer", f"activations of {tokens:,} tokens", tokens * saved / GIB, "backward"),
-        Part("trainer", "logits", tokens * shape.vocabulary * LOGIT_BYTES / GIB, "backward"),
-        Part("trainer", "AdamW's temporaries", trained * on_card, "step"),
+        Part("trainer", "logits", logit_bytes / GIB, "backward"),
+        *([Part("trainer", "gradients before they are split", trained * size / GIB, "backward")] if cards > 1 else []),
     ]
 
 
-def rollout_parts(settings: Settings, shape: Shape, free_gb: float) -> list[Part]:
-    """verl's SGLang: weights + KV pool = gpu_memory_utilization × the memory free at its start; gone in the update."""
-    trainer, actor = settings.trainer, settings.trainer.actor
-    sequences = trainer.prompts_per_step * trainer.rollouts_per_prompt // (actor.gpus * actor.nodes)
+def rollout_parts(settings: Settings, shape: Shape) -> list[Part]:
+    """verl's SGLang: weights and KV pool, both gone in the update, graphs and passes."""
+    trainer, sequences = settings.trainer, settings.trainer.rollouts_per_card
     weights = shape.parameters * 2 / GIB
-    pool = actor.gpu_memory_utilization * free_gb - weights
     passes = _engine_gb(settings, shape, sequences=sequences, graphs=min(256, sequences))
     return [
         Part("rollout engine", "CUDA context", CONTEXT_GB),
         Part("rollout engine", "graphs and forward passes", passes),
         Part("rollout engine", "weights, bf16", weights, "rollout"),
-        _kv_pool("rollout engine", pool, shape, longest=trainer.prompt_tokens + trainer.response_tokens),
+        _kv_pool("rollout engine", trainer.kv_tokens, shape, longest=trainer.prompt_tokens + trainer.response_tokens),
     ]
 
 
@@ -192,11 +195,11 @@ def _forward_bytes(shape: Shape) -> int:
     return FORWARD_HIDDEN_BYTES * shape.hidden + FORWARD_INTERMEDIATE_BYTES * shape.intermediate
 
 
-def _kv_pool(service: str, gb: float, shape: Shape, *, longest: int, split: int = 1) -> Part:
+def _kv_pool(service: str, tokens: int, shape: Shape, *, longest: int, split: int = 1) -> Part:
     """Room for keys and values, split over as many cards as a copy of the model; at least one longest text's."""
     per_token = shape.kv_bytes / split / GIB
     phase: Phase = "rollout" if service == "rollout engine" else "always"
-    return Part(service, f"KV pool, {max(0, int(gb / per_token)):,} tokens", gb, phase, longest * per_token)
+    return Part(service, f"KV pool, {tokens:,} tokens", tokens * per_token, phase, longest * per_token)
 
 
 def phase_gb(parts: Sequence[Part], phase: Phase) -> float:
@@ -212,8 +215,8 @@ def peak_gb(parts: Sequence[Part]) -> float:
 def plan_problems(settings: Settings, parts: Sequence[Part], card_gb: float) -> list[str]:
     """Why the plan does not fit a card of this size, each with the settings to change; empty when it fits."""
     problems = [
-        f"the {part.service} has {part.gb:.1f} GB of a card of {card_gb:.0f} GB for keys and values, expected at least "
-        f"{part.least_gb:.1f} beside its weights; raise {SHARES[part.service]}"
+        f"the {part.service} has {part.gb:.1f} GB for keys and values, expected at least the {part.least_gb:.1f} of "
+        f"one longest text; raise {POOLS[part.service]}"
         for part in parts
         if part.gb < part.least_gb
     ]
@@ -251,7 +254,7 @@ def main(settings: Settings, _: structlog.stdlib.BoundLogger, *, card_gb: float 
         raise UsageError(
             "expected the config.json of every model on this machine; run `make doctor` to see which lacks"
         )
-    parts = memory_plan(settings, shapes, card_gb)
+    parts = memory_plan(settings, shapes)
     print(table(parts, card_gb))
     if problems := plan_problems(settings, parts, card_gb):
         raise UsageError("; ".join(problems))

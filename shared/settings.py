@@ -7,6 +7,7 @@ variable is a `SettingsError` that names it. Secrets are no settings: they come 
 """
 
 import difflib
+import math
 import os
 import tomllib
 from collections.abc import Mapping
@@ -126,10 +127,24 @@ class EncoderSettings(Section):
     )
     pooling: Literal["mean", "cls"] = Field("mean", description="How token vectors become one; part of the model.")
     max_tokens: int = Field(256, ge=8, le=8192, description="Longer texts are cut to this many tokens.")
-    batch_size: Count = Field(64, description="Texts per forward pass when the index is built.")
+    batch_size: Count = Field(
+        64, description="Texts of max_tokens per forward pass; on a GPU more of shorter ones, up to as many tokens."
+    )
     device: str = Field("auto", description="`auto` takes a GPU when there is one; or `cpu`, `cuda`, `cuda:1`.")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Precision of the forward pass.")
     threads: int = Field(0, ge=0, description="CPU threads of the encoder; 0 lets torch decide.")
+
+
+class IndexSettings(Section):
+    """Where the vectors are searched."""
+
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto",
+        description="`cuda` is GPUs with room for the vectors in float16, else the CPU; `auto` is as the encoder.",
+    )
+    reserve_gb: float = Field(
+        2.0, ge=0, description="Memory of each card that vectors leave free for batches, scores and neighbours, in GB."
+    )
 
 
 class RetrievalSettings(Section):
@@ -142,6 +157,7 @@ class RetrievalSettings(Section):
         description="Where clients find the service; several addresses, separated by commas, share the load.",
     )
     encoder: EncoderSettings = EncoderSettings()
+    index: IndexSettings = IndexSettings()
     top_k: Count = Field(3, description="Papers per query when a request names no number.")
     top_k_max: Count = Field(100, description="Largest number of papers per query that is accepted.")
     max_queries: Count = Field(512, description="Most queries in one request.")
@@ -152,7 +168,9 @@ class RetrievalSettings(Section):
 class SglangSettings(Section):
     """Flags of the SGLang server (GPU solver)."""
 
-    mem_fraction_static: Share = Field(0.2, description="Share of the free GPU memory for weights and KV cache.")
+    kv_tokens: Count | None = Field(
+        None, description="Tokens in the KV pool of one copy; none: room for all that may run at once, at full length."
+    )
     tp_size: Count = Field(1, description="GPUs over which one copy of the model is split.")
     dp_size: Count = Field(1, description="Copies of the model; `gpus` unless tp_size or this is given.")
     chunked_prefill_tokens: Count = Field(
@@ -186,6 +204,11 @@ class SolverSettings(Section):
     max_waiting: Count = Field(1024, description="Most requests running and waiting; more are refused with 503.")
     threads: int = Field(0, ge=0, description="CPU threads of the transformers engine; 0 lets torch decide.")
     sglang: SglangSettings = SglangSettings()
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens in the KV pool of one copy of the model; SGLang splits `max_running` among the copies."""
+        return self.sglang.kv_tokens or math.ceil(self.max_running / self.sglang.dp_size) * self.context_tokens
 
 
 class BiomedicalSettings(Section):
@@ -265,16 +288,18 @@ class ActorSettings(Section):
     warmup_share: float = Field(0.03, ge=0, lt=1, description="Share of the steps in which the rate rises.")
     max_grad_norm: float = Field(0.1, gt=0, description="Gradients are clipped to this norm.")
     micro_batch: Count = Field(
-        2,
+        4,
         description="Sequences of full length per forward and backward pass on one device; a packed pass takes as many "
         "tokens.",
     )
     attention: str = Field(
-        "sdpa",
-        description="transformers attention implementation of the trained model; `varlen` is ours, which packs "
-        "sequences end to end instead of padding them.",
+        "varlen",
+        description="Attention of the trained model: `varlen` is ours, which packs sequences end to end instead of "
+        "padding them; anything else is a transformers implementation, such as `sdpa`.",
     )
-    compile_layers: bool = Field(False, description="Compile the layers of a model with `varlen` attention.")
+    compile_layers: bool = Field(
+        False, description="Compile the layers of a model with `varlen` attention: half a minute at the start."
+    )
     master_dtype: Literal["float32", "bfloat16"] = Field("float32", description="Precision of the stored weights.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "bfloat16", description="Precision of the forward and backward pass; `auto` as for the solver."
@@ -290,7 +315,9 @@ class ActorSettings(Section):
     lora_alpha: Count = Field(32, description="LoRA adapters are scaled by lora_alpha over lora_rank.")
     gpus: Count = Field(1, description="Devices on this node (1 on a CPU); the setting `gpus` unless this is given.")
     nodes: Count = Field(1, description="Nodes of the Ray cluster.")
-    gpu_memory_utilization: Share = Field(0.35, description="Share of GPU memory for the rollout engine.")
+    kv_tokens: Count | None = Field(
+        None, description="Tokens in the KV pool of a rollout engine; none: room for its rollouts at full length."
+    )
     rollout_dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "bfloat16", description="Precision of the rollout weights; `auto` as for the solver."
     )
@@ -358,6 +385,14 @@ class TrainerSettings(Section):
     patience_s: Seconds = Field(
         180.0, description="How long a call waits for search or solver to come back before the run stops, in seconds."
     )
+    start_patience_s: Seconds = Field(
+        1800.0, description="The same before the first step: a service may load a model or compile kernels, in seconds."
+    )
+    rollout_deadline_s: Seconds = Field(
+        600.0,
+        description="Longest time of one rollout, in seconds; after it no further turn begins and the rollout is "
+        "invalid.",
+    )
     stall_s: Seconds = Field(1800.0, description="Training without any sign of progress for so long is stopped.")
     object_store_gb: float = Field(
         8.0, gt=0, description="Shared memory of Ray's object store, in GB; a cluster that is joined has its own."
@@ -369,6 +404,16 @@ class TrainerSettings(Section):
     actor: ActorSettings = ActorSettings()
     reward: RewardSettings = RewardSettings()
     guards: GuardSettings = GuardSettings()
+
+    @property
+    def rollouts_per_card(self) -> int:
+        """Rollouts of a step that each card generates."""
+        return math.ceil(self.prompts_per_step * self.rollouts_per_prompt / (self.actor.gpus * self.actor.nodes))
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens in the KV pool of a card's rollout engine."""
+        return self.actor.kv_tokens or self.rollouts_per_card * (self.prompt_tokens + self.response_tokens)
 
     @model_validator(mode="after")
     def _seeds_fill_a_step(self) -> "TrainerSettings":

@@ -12,14 +12,16 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted(path for part in ("shared", "services") for path in (ROOT / part).rglob("*.py"))
 HEAVY = ("torch", "faiss", "verl", "lxml", "transformers", "ray", "sglang", "matplotlib")
 
-VERLS = ("agent_loop", "search_tool", "cpu_platform", "cpu_rollout", "verl_trainer", "packed_engine")
+VERLS = ("agent_loop", "early_workers", "search_tool", "cpu_platform", "cpu_rollout", "verl_trainer", "packed_engine")
 # Files that may import the package, anywhere in them.
 ANYWHERE = {
     "verl": {f"services/trainer/{name}.py" for name in VERLS} | {"services/trainer/verl_main.py"},
     "lxml": {"services/ingest/pubmed_xml.py"},
     "faiss": {"services/retrieval/index.py"},
     "torch": {
+        "services/retrieval/card_index.py",
         "services/retrieval/encoder.py",
+        "services/retrieval/placement.py",
         "services/trainer/publish.py",
         "services/trainer/cpu_platform.py",
         "services/trainer/cpu_rollout.py",

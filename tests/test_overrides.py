@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from services.trainer.checks import batch_problems
-from services.trainer.overrides import cluster_overrides, rollouts_per_card, verl_overrides
+from services.trainer.overrides import cluster_overrides, verl_overrides
 from services.trainer.paths import run_paths
 from shared.settings import Settings, build_settings, profiles
 
@@ -69,13 +69,13 @@ def test_what_is_offloaded_reaches_verl(between: bool, always: bool) -> None:
     assert (fsdp.param_offload, fsdp.optimizer_offload, fsdp.offload_policy) == (between, between, always)
 
 
-def test_the_rollout_engine_captures_graphs_for_a_cards_share_of_a_step() -> None:
+def test_the_rollout_engine_has_graphs_and_room_for_a_cards_share_of_a_step() -> None:
     settings = build_settings({"DRZERO_PROFILE": "a100x8"})
-    assert rollouts_per_card(settings) == 32
     engine = compose(settings).actor_rollout_ref.rollout.engine_kwargs.sglang
     assert (engine.cuda_graph_max_bs, engine.chunked_prefill_size) == (32, 4096)
+    assert engine.max_total_tokens == 32 * 4096
     many = build_settings({"DRZERO_PROFILE": "a100x1", "DRZERO_TRAINER__ROLLOUTS_PER_PROMPT": "16"})
-    assert rollouts_per_card(many) == 256
+    assert compose(many).actor_rollout_ref.rollout.engine_kwargs.sglang.cuda_graph_max_bs == 256
 
 
 @pytest.mark.parametrize("profile", ["a100x1", "a100x8"])

@@ -11,7 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from retrieval_world import needs_minilm, settings_for
 
-from services.retrieval.encoder import Encoder, batches_by_length, choose_device, identify
+from services.retrieval.ahead import ahead
+from services.retrieval.encoder import (
+    FIRST_WINDOW,
+    LAST_WINDOW,
+    Encoder,
+    batches_by_length,
+    batches_by_tokens,
+    choose_device,
+    identify,
+    padded,
+    windows,
+)
 from shared.files import ArtifactError
 from shared.model_files import package_file
 
@@ -60,7 +71,8 @@ def plainly(folder: Path, texts: list[str], pooling: str, max_tokens: int) -> "n
         pooled = hidden[:, 0]
     else:
         pooled = torch.stack([h[m.bool()].mean(0) for h, m in zip(hidden, batch["attention_mask"], strict=True)])
-    return (pooled / pooled.norm(dim=1, keepdim=True)).numpy()
+    vectors: np.ndarray[Any, Any] = (pooled / pooled.norm(dim=1, keepdim=True)).numpy()
+    return vectors
 
 
 @needs_minilm
@@ -97,6 +109,71 @@ def test_batches_hold_every_row_once_and_longer_texts_first(lengths: list[int], 
     assert sorted(rows) == list(range(len(lengths)))
     assert [lengths[row] for row in rows] == sorted(lengths, reverse=True)
     assert all(0 < len(batch) <= size for batch in batches)
+
+
+@given(st.lists(st.integers(0, 50), max_size=60), st.integers(1, 300))
+def test_batches_by_tokens_hold_every_row_once_and_no_more_tokens_than_allowed(lengths: list[int], most: int) -> None:
+    batches = list(batches_by_tokens(lengths, most))
+    assert sorted(row for batch in batches for row in batch) == list(range(len(lengths)))
+    for batch in batches:
+        longest = max(lengths[row] for row in batch)
+        assert len(batch) == 1 or len(batch) * longest <= most
+    sizes = [lengths[row] for batch in batches for row in batch]
+    assert sizes == sorted(lengths, reverse=True)
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=8))
+def test_a_batch_is_padded_to_its_longest_text_and_has_a_mask_only_where_it_must(lengths: list[int]) -> None:
+    tokens = [np.arange(1, length + 1) for length in sorted(lengths, reverse=True)]
+    ids, mask = padded(tokens, 0)
+    assert ids.shape == (len(lengths), max(lengths))
+    assert (mask is None) == (min(lengths) == max(lengths))
+    kept = np.ones_like(ids) if mask is None else mask
+    for row, shown, found in zip(ids, kept, tokens, strict=True):
+        np.testing.assert_array_equal(row[shown == 1], found)
+        assert (row[shown == 0] == 0).all()
+
+
+@given(st.integers(0, 4 * LAST_WINDOW))
+def test_windows_are_the_texts_in_order_and_the_first_is_small(count: int) -> None:
+    texts = ["a"] * count
+    parts = list(windows(texts))
+    assert sum(map(len, parts)) == count
+    assert all(0 < len(part) <= LAST_WINDOW for part in parts)
+    assert not parts or len(parts[0]) <= FIRST_WINDOW
+
+
+@needs_minilm
+def test_a_text_gets_the_same_vector_in_any_of_several_windows(tmp_path: Path) -> None:
+    encoder = Encoder(settings_for(tmp_path, RETRIEVAL__ENCODER__MAX_TOKENS="8"))
+    texts = [f"drug {number % 50} for disease {number % 7}" for number in range(3 * FIRST_WINDOW + 5)]
+    alone = encoder.encode(texts[:350])  # every text there is
+    np.testing.assert_allclose(encoder.encode(texts), np.resize(alone, (len(texts), encoder.dim)), atol=1e-5)
+
+
+@needs_minilm
+def test_a_gpu_gives_the_vectors_of_the_cpu(tmp_path: Path) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("this machine has no GPU")
+    texts = [text * (1 + number % 5) for number in range(FIRST_WINDOW) for text in TEXTS]
+    on_cpu, on_gpu = (
+        Encoder(settings_for(tmp_path, RETRIEVAL__ENCODER__DEVICE=device)).encode(texts) for device in ("cpu", "cuda")
+    )
+    np.testing.assert_allclose(on_gpu, on_cpu, atol=2e-3)  # the card's float32 products may be rounded to TF32
+
+
+@given(st.lists(st.integers()))
+def test_what_is_made_ahead_comes_in_order(items: list[int]) -> None:
+    assert list(ahead(iter(items))) == items
+
+
+def test_an_error_in_what_is_made_ahead_comes_after_the_items_before_it() -> None:
+    made = ahead(6 // (2 - number) for number in range(9))
+    assert [next(made), next(made)] == [3, 6]
+    with pytest.raises(ZeroDivisionError):
+        next(made)
 
 
 @needs_minilm

@@ -47,8 +47,8 @@ def made_at(settings: Settings) -> Settings:
 INFO = {"document": "Metformin activates AMPK.", "split": "train", "index": 0, "pmid": "1"}
 
 
-def score(turn: str, hop: int = 1, lost: str = "") -> dict[str, Any]:
-    trajectory = {"step": 1, "turns": [turn], "searches": [], "trained_tokens": 9, "lost": lost}
+def score(turn: str, hop: int = 1, lost: str = "", measured: dict[str, float] | None = None) -> dict[str, Any]:
+    trajectory = {"step": 1, "turns": [turn], "searches": [], "trained_tokens": 9, "lost": lost, **(measured or {})}
     info = INFO | {"trajectory": json.dumps(trajectory)}
 
     async def compute() -> dict[str, Any]:
@@ -131,6 +131,22 @@ def test_a_rollout_that_lost_its_search_is_not_sent_to_the_solver(settings: Sett
     verdict = score(TURN, lost="search")
     assert (verdict["valid"], verdict["attempts_made"]) == (0, 0)
     assert written(settings)[0]["invalid_reason"] == "search"
+
+
+def test_a_rollout_cut_off_by_its_deadline_is_invalid_and_not_wrong(settings: Settings) -> None:
+    ADDRESSES["solver"] = "http://127.0.0.1:9"
+    verdict = score("", lost="deadline")
+    assert (verdict["valid"], verdict["attempts_made"]) == (0, 0)
+    assert written(settings)[0]["invalid_reason"] == "deadline"
+
+
+def test_the_verdict_keeps_the_times_of_its_rollout_and_none_that_it_was_not_told(settings: Settings) -> None:
+    times = {"seconds_generating": 2.5, "seconds_searching": 0.5, "generated": 1.75e9}
+    numbers = score("no tags", measured=times)
+    score("no tags")
+    told, untold = written(settings)
+    assert {name: told.get(name) for name in times} == times
+    assert not times.keys() & (untold.keys() | numbers.keys())
 
 
 def test_one_lost_attempt_leaves_the_others_their_say(settings: Settings) -> None:

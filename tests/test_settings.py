@@ -94,7 +94,7 @@ def test_a_section_is_no_setting() -> None:
         ("TRAINER__HOP_RATIO", "4,3,x,1"),
         ("TRAINER__HOP_RATIO", "4,3,2,-1"),
         ("TRAINER__ACTOR__DEVICE", "tpu"),
-        ("TRAINER__ACTOR__GPU_MEMORY_UTILIZATION", "1.5"),
+        ("TRAINER__MAX_INVALID_SHARE", "1.5"),
         ("TRAINER__REWARD__ATTEMPTS", "1"),
         ("INGEST__STRICT", "perhaps"),
         ("INGEST__DATE_FROM", "2021-13-01"),

@@ -14,7 +14,16 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from services.trainer import status
 from services.trainer.guards import NAMES, alarms
-from services.trainer.step_metrics import attempt_seconds, console_lines, shorten, step_metrics
+from services.trainer.step_metrics import (
+    MISMATCH,
+    PART_TIMERS,
+    attempt_seconds,
+    console_lines,
+    mismatch,
+    shorten,
+    step_metrics,
+    step_times,
+)
 from shared.settings import GuardSettings, TrainerSettings
 
 Verdict = dict[str, Any]
@@ -51,6 +60,10 @@ def verdict(right: int = 2, judged: int = 5, **changes: Any) -> Verdict:
         "calls_failed": 1.0,
         "calls_broken": {},
         "seconds_attempts": 6.0,
+        "seconds_generating": 4.0,
+        "seconds_searching": 0.5,
+        "generated": 100.0,
+        "time": 107.0,
         **changes,
     }
 
@@ -155,6 +168,75 @@ def test_times_are_those_of_attempts_and_of_the_questions_that_had_some() -> Non
     assert numbers["seconds/question/p50"] == numbers["seconds/question/max"] == 10.0
 
 
+def test_times_of_a_rollout_are_those_it_waited_for_engine_and_search() -> None:
+    verdicts = [verdict(seconds_generating=s, seconds_searching=s / 10) for s in (1.0, 2.0, 9.0)]
+    numbers = step_metrics(verdicts)
+    assert [numbers[f"seconds/generation/{at}"] for at in ("p50", "max")] == [2.0, 9.0]
+    assert [numbers[f"seconds/search/{at}"] for at in ("p50", "max")] == [0.2, 0.9]
+    assert numbers["seconds/generation/p95"] == pytest.approx(8.3)
+
+
+@given(st.lists(st.tuples(st.floats(0, 1e3), st.floats(0, 1e3)), min_size=1, max_size=8))
+def test_the_reward_tail_is_from_the_last_rollout_to_the_last_verdict(pairs: list[tuple[float, float]]) -> None:
+    rows = [verdict(generated=end, time=end + took) for end, took in pairs]
+    tail = step_metrics(rows)["seconds/reward_tail"]
+    assert 0 <= tail <= max(took for _, took in pairs) + 1e-9
+    assert max(end for end, _ in pairs) + tail == pytest.approx(max(end + took for end, took in pairs))
+
+
+def test_clocks_that_disagree_make_no_negative_tail() -> None:
+    assert step_metrics([verdict(generated=10.0, time=9.9)])["seconds/reward_tail"] == 0
+
+
+def test_verdicts_of_older_logs_have_no_times_of_rollouts() -> None:
+    kept = verdict()
+    old = {
+        name: value
+        for name, value in kept.items()
+        if name not in ("seconds_generating", "seconds_searching", "generated")
+    }
+    names = set(step_metrics([kept])) - set(step_metrics([old]))
+    spread = {f"seconds/{what}/{at}" for what in ("generation", "search") for at in ("p50", "p95", "max")}
+    assert names == spread | {"seconds/reward_tail"}
+    assert step_metrics([old, kept])["seconds/generation/max"] == 4
+
+
+seconds = st.floats(0, 1e4)
+
+
+@given(
+    timers=st.dictionaries(st.sampled_from(sorted(PART_TIMERS.values())), seconds),
+    gen=seconds,
+    rest=seconds,
+    tail=seconds | st.none(),
+    testing=seconds | st.none(),
+)
+def test_the_parts_of_a_step_sum_to_it_and_validation_comes_on_top(
+    timers: dict[str, float], gen: float, rest: float, tail: float | None, testing: float | None
+) -> None:
+    verls = timers | {"timing_s/gen": gen, "timing_s/step": sum(timers.values()) + gen + rest}
+    after = {} if testing is None else {"timing_s/testing": testing}
+    parts = step_times(verls | after, {} if tail is None else {"seconds/reward_tail": tail})
+    assert parts.pop("validation", None) == testing
+    assert all(value >= 0 for value in parts.values())
+    assert sum(parts.values()) == pytest.approx(verls["timing_s/step"])
+    assert parts.get("reward") == (None if tail is None else min(gen, tail))
+    assert parts["other"] == pytest.approx(rest, abs=1e-6)
+
+
+def test_what_verl_has_not_timed_is_no_part_of_a_step() -> None:
+    assert step_times({"timing_s/testing": 3.0, "val-core/x": 1.0}, {}) == {}
+    assert step_times({"timing_s/step": 3.0, "timing_s/adv": 1.0}, {}) == {"advantage": 1.0, "other": 2.0}
+
+
+def test_the_mismatch_has_the_measures_that_verl_took() -> None:
+    assert mismatch({"actor/loss": 1.0}) == {}
+    assert mismatch({"rollout_corr/k3_kl": 0.003, "training/rollout_probs_diff_mean": 0.01}) == {
+        "mean_difference": 0.01,
+        "k3_kl": 0.003,
+    }
+
+
 @given(steps)
 def test_shares_sum_to_one_counts_to_the_rollouts_and_every_number_is_finite(verdicts: list[Verdict]) -> None:
     numbers = step_metrics(verdicts)
@@ -241,6 +323,21 @@ def test_every_number_of_a_step_is_on_the_page(page: httpx.Client) -> None:
     shared = {"hop", "reasoning_share", "reward_part", "reward_part_max", "rollouts", "seconds", "solved_share"}
     assert {f"drzero_trainer_{name}" for name in shared} <= gauges
     assert sum(name.removeprefix("drzero_trainer_") in shared for name, *_ in shown) == len(numbers)
+
+
+def test_the_page_shows_where_the_step_went_and_how_far_rollouts_and_training_differ(page: httpx.Client) -> None:
+    verls = {"timing_s/step": 20.0, "timing_s/gen": 12.0, "timing_s/update_actor": 5.0}
+    measured = {key: float(place) for place, key in enumerate(MISMATCH.values())}
+    status.show_step(6, verls | measured, step_metrics([verdict()]))
+    shown = series(page)
+    parts = {key[1]: value for key, value in shown.items() if key[0] == "drzero_trainer_step_seconds"}
+    assert parts == {"generation": 5.0, "reward": 7.0, "update": 5.0, "other": 3.0}
+    found = {key[1]: value for key, value in shown.items() if key[0] == "drzero_trainer_mismatch"}
+    assert found == {name: float(place) for place, name in enumerate(MISMATCH)}
+    helps = {family.name: family.documentation for family in text_string_to_metric_families(page.get("/metrics").text)}
+    assert all(name in helps["drzero_trainer_mismatch"] for name in MISMATCH)
+    status.show_step(7, {}, {})
+    assert not [key for key in series(page) if key[0] in ("drzero_trainer_step_seconds", "drzero_trainer_mismatch")]
 
 
 def test_numbers_of_an_earlier_step_are_gone_from_the_page(page: httpx.Client) -> None:

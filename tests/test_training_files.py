@@ -129,7 +129,8 @@ def test_a_number_that_is_not_finite_is_read_as_such(tmp_path: Path) -> None:
 
 def test_means_are_of_the_numbers_by_name() -> None:
     lost = verdict(TRAIN, 1, 2, 0.0) | {"valid": 0.0}
-    means = mean_parts([verdict(TRAIN, 1, 0, 0.25), verdict(TRAIN, 1, 1, 0.75), lost])
+    moments = {"time": 1.0, "generated": 1.0}
+    means = mean_parts([verdict(TRAIN, 1, 0, 0.25) | moments, verdict(TRAIN, 1, 1, 0.75), lost])
     assert means == {"score": 0.5, "valid": 1.0}
 
 

@@ -139,7 +139,7 @@ def agent_loop_worker(config: Any, ending: Callable[[str, int], Ending]) -> Any:
                 response_logprobs=[-1.0, 0.0, 0.0, -1.0],
                 num_turns=2,
                 metrics={},
-                extra_fields={"min_global_steps": 0, "max_global_steps": 0},
+                extra_fields={"min_global_steps": 0, "max_global_steps": 0, "trajectory": '{"lost": ""}'},
             )
             await self._agent_loop_postprocess(output, trajectory["validate"], **prompt)
 

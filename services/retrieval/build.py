@@ -12,6 +12,7 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
+from services.retrieval.ahead import ahead
 from services.retrieval.encoder import Encoder, Vectors, identify
 from services.retrieval.index import FlatIndex
 from services.retrieval.known import FILE as TEXTS
@@ -24,7 +25,9 @@ from shared.progress import Progress
 from shared.records import Paper
 from shared.settings import Settings
 
-BATCHES_PER_CHUNK = 16  # texts are sorted by length within a chunk; longer chunks hardly save more padding
+# Texts are sorted by length within a chunk; longer chunks hardly save more padding, and progress is told once a chunk.
+BATCHES_PER_CHUNK = 16
+BATCHES_PER_CHUNK_ON_GPU = 64  # the card waits at the start of a chunk, while the first texts are tokenised
 
 
 def build(settings: Settings, log: structlog.stdlib.BoundLogger) -> bool:
@@ -59,8 +62,9 @@ def embed(corpus: Corpus, encoder: Encoder, settings: Settings, known: KnownVect
     index = FlatIndex.empty(encoder.dim)
     seen: list[Digests] = []
     reused = 0
+    size = encoder.batch_size * (BATCHES_PER_CHUNK if encoder.card is None else BATCHES_PER_CHUNK_ON_GPU)
     with Progress("index", settings, total=len(corpus)) as progress:
-        for papers in chunks(corpus, encoder.batch_size * BATCHES_PER_CHUNK):
+        for papers in ahead(chunks(corpus, size)):
             texts = [paper.text for paper in papers]
             seen.append(digests(texts))
             rows = known.rows(seen[-1])

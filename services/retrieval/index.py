@@ -55,6 +55,11 @@ class FlatIndex:
         """Length of a vector."""
         return int(self._index.d)
 
+    @property
+    def bytes_by_place(self) -> dict[str, int]:
+        """Memory that a search reads: all vectors in float32, on the CPU."""
+        return {"cpu": len(self) * self.dim * 4}
+
     def add(self, vectors: Vectors) -> None:
         """Append vectors, shape [n, dim]."""
         self._index.add(np.ascontiguousarray(vectors))
@@ -68,11 +73,15 @@ class FlatIndex:
         """The best min(top_k, len) rows of each vector, best first."""
         if not len(vectors) or not len(self):
             return [[] for _ in range(len(vectors))]
-        scores, rows = self._index.search(np.ascontiguousarray(vectors), min(top_k, len(self)))
-        return [
-            [(score, row) for score, row in zip(*pair, strict=True) if row >= 0]
-            for pair in zip(scores.tolist(), rows.tolist(), strict=True)
-        ]
+        return hits(*self._index.search(np.ascontiguousarray(vectors), min(top_k, len(self))))
+
+
+def hits(scores: Vectors, rows: NDArray[np.int64]) -> list[Rows]:
+    """Scores and rows of each query, shape [n, k], as lists without FAISS's -1."""
+    return [
+        [(score, row) for score, row in zip(*pair, strict=True) if row >= 0]
+        for pair in zip(scores.tolist(), rows.tolist(), strict=True)
+    ]
 
 
 def _faiss() -> Any:

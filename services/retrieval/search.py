@@ -11,8 +11,9 @@ from collections.abc import Sequence
 
 from prometheus_client import Gauge, Histogram
 
+from services.retrieval.batching import BATCH_QUERIES
 from services.retrieval.encoder import Encoder, identify
-from services.retrieval.index import FlatIndex
+from services.retrieval.placement import open_index
 from services.retrieval.recipe import REMEDY, corpus_folder, difference, index_folder, recipe, require
 from shared.corpus import Corpus
 from shared.files import ArtifactError, read_manifest
@@ -34,6 +35,9 @@ STAGE_SECONDS = Histogram(
     registry=REGISTRY,
 )
 
+WARM_UP = (1, 8, 64, BATCH_QUERIES)
+WARM_UP_QUERY = "Does metformin lower mortality in sepsis? "
+
 
 class Searcher:
     """Encoder, index and corpus that belong together."""
@@ -49,12 +53,14 @@ class Searcher:
         if problem:
             raise ArtifactError(problem)
         self.encoder = Encoder(settings)
-        self.index = FlatIndex.read(folder, threads=settings.retrieval.encoder.threads)
+        self.index = open_index(folder, settings.retrieval, self.encoder.card)
         if not len(self.index) == manifest.rows == len(self.corpus) or self.index.dim != self.encoder.dim:
             raise ArtifactError(
                 f"expected {len(self.corpus)} vectors of length {self.encoder.dim} in {folder}, "
                 f"found {len(self.index)} of length {self.index.dim}; {REMEDY}"
             )
+        if self.encoder.card is not None:
+            self._warm_up(settings.retrieval.top_k)
 
     def search(self, queries: Sequence[str], top_k: int) -> list[list[Hit]]:
         """The best papers of each query, best first; at most top_k, fewer when the corpus is smaller."""
@@ -73,6 +79,12 @@ class Searcher:
                 [Hit(self.corpus[row], score) for score, row in rows[:top_k]]
                 for rows, top_k in zip(found, top_ks, strict=True)
             ]
+
+    def _warm_up(self, top_k: int) -> None:
+        """Run every size once: a GPU loads a kernel at its first use, and sizes differ in their kernels."""
+        for size in WARM_UP:
+            queries = [WARM_UP_QUERY * (1 + place % 2) for place in range(size)]  # two lengths, so that some is padding
+            self.index.search(self.encoder.encode(queries), top_k)
 
     def find(self, pmid: str) -> Paper | None:
         """The paper with this PMID, or None."""

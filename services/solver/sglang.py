@@ -2,6 +2,8 @@
 
 from shared.settings import SolverSettings
 
+MEMORY_SHARE = 0.9  # of the free memory; the rest is for CUDA graphs and forward passes
+
 
 def sglang_command(solver: SolverSettings, folder: str) -> list[str]:
     """Arguments after the Python interpreter; `folder` is a Hugging Face folder or id."""
@@ -14,7 +16,10 @@ def sglang_command(solver: SolverSettings, folder: str) -> list[str]:
         "--context-length": solver.context_tokens,
         "--max-running-requests": solver.max_running,
         "--max-queued-requests": solver.max_waiting,
-        "--mem-fraction-static": solver.sglang.mem_fraction_static,
+        # The pool by tokens, not by a share of what happens to be free: so neither the order in which services start
+        # nor a restart beside a running trainer changes it. The share only bounds it.
+        "--max-total-tokens": solver.kv_tokens,
+        "--mem-fraction-static": MEMORY_SHARE,
         "--tp-size": solver.sglang.tp_size,
         "--dp-size": solver.sglang.dp_size,
         "--cuda-graph-max-bs": solver.sglang.cuda_graph_max_bs,
@@ -25,4 +30,5 @@ def sglang_command(solver: SolverSettings, folder: str) -> list[str]:
     words = ["-m", "sglang.launch_server"]
     for name, value in flags.items():
         words += [name, str(value)]
-    return [*words, "--enable-metrics"]
+    # Graphs of prompt passes take a dozen seconds to capture, and prompts here are long enough to do without.
+    return [*words, "--disable-piecewise-cuda-graph", "--enable-metrics"]

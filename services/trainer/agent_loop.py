@@ -6,12 +6,17 @@
   a last turn still fits, and the model is told when its last turn has come.
 - A search that the service did not answer ends the rollout as lost, which makes it invalid; the outage is never shown
   to the model as if it were a result.
-- What the reward needs to know travels as one JSON text: turns, searches, what was lost.
+- So does the deadline of the rollout: after it neither turn nor search begins, and one in flight is cut off.
+- What the reward needs to know travels as one JSON text: turns, searches, what was lost, and where the time went.
 
 The sampled token ids are the ones that are trained on: verl merges ids, text is never tokenised again.
 """
 
+import asyncio
 import json
+import time
+from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 from verl.experimental.agent_loop.agent_loop import AgentLoopOutput
@@ -19,7 +24,7 @@ from verl.experimental.agent_loop.tool_agent_loop import AgentData, AgentState, 
 from verl.experimental.agent_loop.tool_parser import FunctionCall, ToolParser
 from verl.tools.schemas import ToolResponse
 
-from services.trainer.protocol import GUIDED_CALL, PARSER, last_turn_note
+from services.trainer.protocol import DEADLINE, GUIDED_CALL, PARSER, last_turn_note
 from shared.clients import ServiceError
 from shared.settings import load_settings
 from shared.transcript import SearchCall, search_calls
@@ -52,16 +57,26 @@ class SearchAgentLoop(ToolAgentLoop):  # type: ignore[misc]
         self._searches: list[dict[str, Any]] = []
         self._hop = 1
         self._lost = ""
+        self._deadline = 0.0  # in the event loop's time
+        self._seconds = {"generating": 0.0, "searching": 0.0}
 
     async def run(self, sampling_params: dict[str, Any], **kwargs: Any) -> AgentLoopOutput:
         """Roll out one prompt; verl makes a fresh loop object for each."""
         self._hop = int(kwargs["extra_info"]["hop"])
+        self._deadline = asyncio.get_running_loop().time() + self._settings.rollout_deadline_s
+        step = int(kwargs.get("global_steps", 0))
         output = await super().run(sampling_params, **kwargs)
+        for bound in ("min_global_steps", "max_global_steps"):
+            # A rollout without a turn has none from the engine, and verl counts with them.
+            output.extra_fields.setdefault(bound, max(0, step - 1))
         trajectory = {
-            "step": int(kwargs.get("global_steps", 0)),
+            "step": step,
             "turns": self._turns,
             "searches": self._searches,
             "lost": self._lost,
+            "seconds_generating": round(self._seconds["generating"], 3),
+            "seconds_searching": round(self._seconds["searching"], 3),
+            "generated": time.time(),
             "prompt_tokens": len(output.prompt_ids),
             "response_tokens": len(output.response_ids),
             "trained_tokens": sum(output.response_mask),
@@ -77,16 +92,47 @@ class SearchAgentLoop(ToolAgentLoop):  # type: ignore[misc]
         params = {**sampling_params, "max_tokens": max(1, min(self._settings.turn_tokens, left))}
         if self._settings.guided_tool_call and self._hop > 1 and agent_data.assistant_turns == 0:
             params["regex"] = GUIDED_CALL
-        state = await super()._handle_generating_state(agent_data, params, ignore_termination)
-        self._turns.append(self.tokenizer.decode(agent_data.response_ids, skip_special_tokens=True))
+        turn = partial(super()._handle_generating_state, agent_data, params, ignore_termination)
+        state = await self._until_deadline(agent_data, "generating", turn)
+        if not self._lost:
+            self._turns.append(self.tokenizer.decode(agent_data.response_ids, skip_special_tokens=True))
         return state
 
     async def _handle_processing_tools_state(self, agent_data: AgentData) -> AgentState:
+        calls = partial(super()._handle_processing_tools_state, agent_data)
         try:
-            return await super()._handle_processing_tools_state(agent_data)
+            return await self._until_deadline(agent_data, "searching", calls)
         except ServiceError:
-            self._lost = "search"
-            return AgentState.TERMINATED
+            return self._lose(agent_data, "search")
+
+    async def _until_deadline(
+        self, agent_data: AgentData, doing: str, work: Callable[[], Awaitable[AgentState]]
+    ) -> AgentState:
+        """The state after `work`, whose time is added up; a lost rollout when it would begin or last too late."""
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        if began >= self._deadline:
+            return self._lose(agent_data, DEADLINE)
+        try:
+            async with asyncio.timeout_at(self._deadline) as limit:
+                return await work()
+        except TimeoutError:
+            if not limit.expired():  # somebody else's
+                raise
+            return self._lose(agent_data, DEADLINE)
+        finally:
+            self._seconds[doing] += loop.time() - began
+
+    def _lose(self, agent_data: AgentData, reason: str) -> AgentState:
+        """End the rollout here as invalid."""
+        self._lost = reason
+        if not agent_data.response_mask:
+            # verl takes the last len(response_mask) ids for the response: of none that would be the whole prompt. Its
+            # batches know no empty rows either, so the response is one token that was never sampled.
+            agent_data.prompt_ids = [*agent_data.prompt_ids, self.tokenizer.eos_token_id]
+            agent_data.response_mask = [0]
+            agent_data.response_logprobs = [0.0]
+        return AgentState.TERMINATED
 
     async def _call_tool(
         self, tool_call: FunctionCall, tools_kwargs: dict[str, Any], agent_data: AgentData

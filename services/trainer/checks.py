@@ -11,7 +11,7 @@ from typing import Any
 
 import structlog
 
-from services.trainer.fitting import one_child
+from services.trainer.fitting import child_processes
 from services.trainer.paths import RunPaths
 from services.trainer.protocol import SOURCE
 from services.trainer.templates import model_problems
@@ -28,7 +28,7 @@ EXTRA = frozenset({
 def check_training(settings: Settings, paths: RunPaths) -> None:
     """Raise UsageError when a training with these settings and seeds would fail or silently train on something else."""
     # In a child, because neither transformers nor the rows of a large draw should stay in memory during training.
-    with one_child() as child:
+    with child_processes(1) as child:
         problems = [
             *arithmetic_problems(settings),
             *child.submit(seed_file_problems, paths.seeds, settings.trainer).result(),

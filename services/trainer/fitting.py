@@ -1,9 +1,10 @@
 """Prompts that fit: a seed's document is cut until its whole prompt is within `prompt_tokens`.
 
 Lengths are those of the prompt as verl's agent loop builds it, which would cut off a longer one's start without a word.
-What loads a tokenizer is for a child process, as `fit_in_child` makes one.
+What loads a tokenizer is for a child process, as `fit_in_children` makes them.
 """
 
+import os
 from bisect import bisect_left
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -20,6 +21,7 @@ from shared.records import Seed
 from shared.settings import TrainerSettings
 
 FITTED_AT_ONCE = 1024
+MOST_CHILDREN = 8  # each takes some 400 MB
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +33,9 @@ class FittedSeed:
     shortened: bool = False
 
 
-def one_child() -> ProcessPoolExecutor:
-    """A process for work that loads transformers, which would otherwise stay in memory for the whole run."""
-    return ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=die_with_parent)
+def child_processes(count: int) -> ProcessPoolExecutor:
+    """Processes for work that loads transformers, which would otherwise stay in memory for the whole run."""
+    return ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=die_with_parent)
 
 
 @cache
@@ -66,11 +68,11 @@ def prompt_of(seed: Seed, trainer: TrainerSettings) -> list[Message]:
     return proposer_messages(seed, trainer.prompts, trainer.worked_examples)
 
 
-def fit_in_child(seeds: list[Seed], trainer: TrainerSettings, model: str) -> list[FittedSeed]:
-    """`fit_prompts` in a child process."""
+def fit_in_children(seeds: list[Seed], trainer: TrainerSettings, model: str) -> list[FittedSeed]:
+    """`fit_prompts` in child processes: one for each batch, as far as there are processors."""
     batches = [seeds[start : start + FITTED_AT_ONCE] for start in range(0, len(seeds), FITTED_AT_ONCE)]
-    with one_child() as child:
-        fitted = child.map(partial(fit_prompts, trainer=trainer, model=model), batches)
+    with child_processes(min(len(batches), os.cpu_count() or 1, MOST_CHILDREN)) as children:
+        fitted = children.map(partial(fit_prompts, trainer=trainer, model=model), batches)
         return [one for batch in fitted for one in batch]
 
 

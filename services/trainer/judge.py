@@ -28,7 +28,7 @@ class Surroundings:
 def judge(
     proposal: Proposal, attempts: Sequence[Attempt], settings: RewardSettings, around: Surroundings, *, lost: str = ""
 ) -> dict[str, float]:
-    """All numbers of the verdict. `lost` names the service that ended the rollout itself, if one did."""
+    """All numbers of the verdict. `lost` names the service, or `deadline`, that ended the rollout."""
     parts = format_parts(proposal)
     extra = biomedical_parts(proposal, settings.biomedical, around)
     form = format_score(parts, around.form)

@@ -12,10 +12,12 @@ from typing import Any
 from services.trainer.paths import RunPaths
 from services.trainer.protocol import PARSER, TRAINER
 from shared.hardware import cpu_dtype
-from shared.settings import Settings, TrainerSettings
+from shared.settings import ActorSettings, Settings, TrainerSettings
 
 MAX_PARALLEL_CALLS = 4  # search calls that are carried out in one turn; further ones count as failed
 RAY_CPUS = 64  # logical: verl's many small actors each claim one; it bounds nothing
+MEMORY_SHARE = 0.9  # bounds the KV pool, whose size is `max_total_tokens`
+LARGEST_GRAPH = 256  # the largest batch that SGLang would capture by itself
 
 
 def verl_overrides(settings: Settings, paths: RunPaths, *, model: str, resume_from: str | None) -> list[str]:
@@ -52,6 +54,8 @@ def verl_overrides(settings: Settings, paths: RunPaths, *, model: str, resume_fr
         "actor_rollout_ref.actor.strategy": "fsdp2",
         "actor_rollout_ref.actor.optim.lr": actor.learning_rate,
         "actor_rollout_ref.actor.optim.lr_warmup_steps": math.ceil(actor.warmup_share * trainer.steps),
+        # One kernel over all weights: the usual step holds another copy of them.
+        "actor_rollout_ref.actor.optim.override_optimizer_config": "{fused:true}" if fused_adamw(actor) else "null",
         "actor_rollout_ref.actor.grad_clip": actor.max_grad_norm,
         "actor_rollout_ref.actor.ppo_mini_batch_size": trainer.prompts_per_step,
         "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu": actor.micro_batch,
@@ -74,7 +78,7 @@ def verl_overrides(settings: Settings, paths: RunPaths, *, model: str, resume_fr
         "actor_rollout_ref.rollout.dtype": cpu_dtype(actor.rollout_dtype),
         "actor_rollout_ref.rollout.seed": trainer.seed,
         "actor_rollout_ref.rollout.tensor_model_parallel_size": 1,
-        "actor_rollout_ref.rollout.gpu_memory_utilization": actor.gpu_memory_utilization,
+        "actor_rollout_ref.rollout.gpu_memory_utilization": MEMORY_SHARE,
         "actor_rollout_ref.rollout.max_num_seqs": min(1024, sequences),
         "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu": actor.micro_batch,
         "actor_rollout_ref.rollout.calculate_log_probs": True,
@@ -86,6 +90,7 @@ def verl_overrides(settings: Settings, paths: RunPaths, *, model: str, resume_fr
         "actor_rollout_ref.rollout.multi_turn.tool_config_path": str(paths.tools_file),
         "actor_rollout_ref.rollout.multi_turn.format": PARSER,
         "actor_rollout_ref.rollout.agent.num_workers": trainer.agent_workers,
+        "+actor_rollout_ref.rollout.agent.agent_loop_manager_class": "services.trainer.early_workers.EarlyWorkers",
         "actor_rollout_ref.rollout.agent.agent_loop_config_path": str(paths.agents_file),
         "actor_rollout_ref.rollout.val_kwargs.temperature": 0,
         # --- reward
@@ -125,10 +130,17 @@ def verl_overrides(settings: Settings, paths: RunPaths, *, model: str, resume_fr
             ("grammar_backend", settings.solver.sglang.grammar_backend),
             ("chunked_prefill_size", settings.solver.sglang.chunked_prefill_tokens),
             # Graphs for larger batches than a card's share of a step would only cost start time and memory.
-            ("cuda_graph_max_bs", rollouts_per_card(settings)),
+            ("cuda_graph_max_bs", min(LARGEST_GRAPH, trainer.rollouts_per_card)),
+            ("max_total_tokens", trainer.kv_tokens),
+            ("disable_piecewise_cuda_graph", True),
         )
     }
     return [f"{key}={_hydra(value)}" for key, value in values.items()]
+
+
+def fused_adamw(actor: ActorSettings) -> bool:
+    """Whether the optimizer's step is one CUDA kernel."""
+    return actor.device == "cuda" and not actor.offload_update
 
 
 def _ray(trainer: TrainerSettings) -> dict[str, Any]:
@@ -146,12 +158,6 @@ def cluster_overrides(variables: Mapping[str, str]) -> list[str]:
     """The environment of the processes that a cluster starts for us: theirs is that of `ray start`, not ours."""
     prefix = "+ray_kwargs.ray_init.runtime_env.env_vars"
     return [f"{prefix}.{name}={json.dumps(value, ensure_ascii=False)}" for name, value in sorted(variables.items())]
-
-
-def rollouts_per_card(settings: Settings) -> int:
-    """Rollouts of one step that a card generates, at most the 256 that SGLang would capture graphs for by itself."""
-    trainer, actor = settings.trainer, settings.trainer.actor
-    return min(256, math.ceil(trainer.prompts_per_step * trainer.rollouts_per_prompt / (actor.gpus * actor.nodes)))
 
 
 def _hydra(value: Any) -> str:

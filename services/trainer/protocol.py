@@ -19,6 +19,7 @@ PROMPTS = Path(__file__).parent / "prompts"
 AGENT = "search_agent"  # the name under which verl knows agent_loop.py
 PARSER = "drzero"  # the name under which verl knows its reader of tool calls
 TRAINER = "drzero"  # the name under which verl knows verl_trainer.py
+DEADLINE = "deadline"  # what a rollout that takes too long is lost to
 SOURCE = "search_biomedical_"  # followed by the number of hops; verl reports per data_source
 
 # verl keeps only type, description and enum of a property: that the items are strings must stand in the words.

@@ -16,7 +16,7 @@ from typing import Any
 from shared.files import write_atomically
 
 Verdict = dict[str, Any]
-NOT_PARTS = frozenset({"time", "step", "index", "hop"})
+NOT_PARTS = frozenset({"time", "generated", "step", "index", "hop"})
 TRAIN, HELD_OUT = "train", "held_out"
 REFUSALS = "refusals.jsonl"
 

@@ -1,7 +1,8 @@
 """Stage `report`: the run's artifacts → one self-contained `report.html`.
 
-Curves, held-out results before and after, sample questions with their papers and the solver's answers, and what ran
-for how long. No script, no outside resource; all text of models and papers is escaped.
+Curves, held-out results before and after, sample questions with their papers and the solver's answers, what ran for how
+long, and how far rollout engine and trained model differed. No script, no outside resource; all text of models and
+papers is escaped.
 """
 
 import io
@@ -15,7 +16,7 @@ import structlog
 
 from services.trainer.paths import RunPaths
 from services.trainer.records import TRAIN, Verdict, mean_parts, read_lines, valid_only
-from services.trainer.step_metrics import step_metrics
+from services.trainer.step_metrics import mismatch, step_metrics, step_times
 from shared.corpus import Corpus
 from shared.files import hash_file, publish, read_manifest, stale_reason
 from shared.settings import Settings
@@ -40,13 +41,23 @@ PARTS = (
     ("attempts_correct", "right attempts"),
 )
 TIMES = (
-    ("timing_s/gen", "rollouts, searches and reward"),
-    ("timing_s/old_log_prob", "log-probabilities"),
-    ("timing_s/update_actor", "update"),
-    ("timing_s/update_weights", "weights to the rollout"),
-    ("timing_s/save_checkpoint", "checkpoint"),
-    ("timing_s/testing", "validation"),
-    ("timing_s/step", "whole step"),
+    ("generation", "rollouts, searches"),
+    ("reward", "reward after the last rollout"),
+    ("log_probs", "log-probabilities"),
+    ("advantage", "advantages"),
+    ("update", "update"),
+    ("weights", "weights to the rollout"),
+    ("checkpoint", "checkpoint"),
+    ("other", "other, idle"),
+    ("step", "whole step"),
+    ("validation", "validation, after the step"),
+)
+MISMATCHES = (
+    ("correlation", "correlation of the probabilities (1: equal)"),
+    ("mean_difference", "mean difference of a probability"),
+    ("largest_difference", "largest difference of a probability"),
+    ("kl", "KL(rollout ‖ trained), mean log ratio, in nats"),
+    ("k3_kl", "KL(rollout ‖ trained), k3 estimate, in nats"),
 )
 
 
@@ -73,6 +84,7 @@ def render(settings: Settings, paths: RunPaths) -> str:
     rollouts = list(read_lines(paths.training / "rollouts.jsonl"))
     numbers = step_metrics(rollouts)
     metrics = list(read_lines(paths.training / "metrics.jsonl"))
+    timed = [m for m in metrics if "timing_s/step" in m]
     steps = by_step(rollouts)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     corpus = Corpus(paths.corpus)
@@ -97,8 +109,9 @@ def render(settings: Settings, paths: RunPaths) -> str:
         loss_plot=plot(*learning_curves(metrics), "step", ""),
         samples=[sample(v, corpus) for v in best(rollouts)],
         stages=stage_times(paths),
-        times=[(label, [m.get(key) for m in metrics if "timing_s/step" in m]) for key, label in TIMES],
-        step_numbers=[m["step"] for m in metrics if "timing_s/step" in m],
+        times=time_rows(timed, steps),
+        mismatches=mismatch_rows(timed),
+        step_numbers=[m["step"] for m in timed],
         settings=settings.model_dump(mode="json"),
     )
 
@@ -133,6 +146,28 @@ def learning_curves(metrics: Sequence[dict[str, Any]]) -> tuple[list[int], dict[
     rows = [m for m in metrics if "actor/grad_norm" in m]
     keys = (("actor/grad_norm", "gradient norm"), ("actor/entropy", "entropy"))
     return [m["step"] for m in rows], {label: [m[key] for m in rows] for key, label in keys if rows and key in rows[0]}
+
+
+def time_rows(
+    timed: Sequence[dict[str, Any]], steps: dict[int, list[Verdict]]
+) -> list[tuple[str, float, float, list[float | None]]]:
+    """Of each part of a step that was timed: label, mean seconds, share of the steps' time, seconds per step."""
+    parts = [step_times(m, step_metrics(steps.get(m["step"], []))) | {"step": m["timing_s/step"]} for m in timed]
+    whole = sum(part["step"] for part in parts)
+    rows = []
+    for name, label in TIMES:
+        seconds = [part.get(name) for part in parts]
+        total = sum(filter(None, seconds))
+        if any(value is not None for value in seconds):
+            rows.append((label, total / len(parts), total / whole, seconds))
+    return rows
+
+
+def mismatch_rows(timed: Sequence[dict[str, Any]]) -> list[tuple[str, list[float | None]]]:
+    """Label and values per step of each measure of `mismatch` that verl has taken."""
+    measured = [mismatch(m) for m in timed]
+    rows = [(label, [numbers.get(name) for numbers in measured]) for name, label in MISMATCHES]
+    return [(label, values) for label, values in rows if any(value is not None for value in values)]
 
 
 def best(rollouts: Sequence[Verdict]) -> list[Verdict]:

@@ -43,6 +43,9 @@ from shared.transcript import search_calls, split_response
 SEEDED = re.compile(rf"{SOURCE}([1-9])")
 PMID_SHOWN = re.compile(r"\bPMID (\d{1,9}):")
 
+# What `agent_loop.py` measures; responses that others have made lack it.
+MEASURED = ("seconds_generating", "seconds_searching", "generated")
+
 Scores = list[dict[str, float]]
 
 
@@ -159,6 +162,7 @@ async def score_proposal(
         "calls_broken": Counter(call.broken for turn in proposal.turns for call in search_calls(turn) if call.broken),
         "seconds_attempts": time.monotonic() - began,
         "trained_tokens": trajectory.get("trained_tokens", 0),
+        **{name: trajectory[name] for name in MEASURED if name in trajectory},
         **numbers,
     }
     return numbers, verdict

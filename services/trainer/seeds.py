@@ -16,7 +16,7 @@ from typing import Any
 
 import structlog
 
-from services.trainer.fitting import FittedSeed, fit_in_child, prompt_of
+from services.trainer.fitting import FittedSeed, fit_in_children, prompt_of
 from services.trainer.paths import RunPaths
 from services.trainer.protocol import AGENT, SEARCH_TOOL, SOURCE, prompt_hash
 from shared.command import UsageError
@@ -58,7 +58,7 @@ def make_seeds(settings: Settings, paths: RunPaths, log: structlog.stdlib.BoundL
     log.info("seeds are drawn", because=reason)
     with publish(paths.seeds, settings=shape, made_from=origin) as draft:
         draw = draw_seeds(corpus, trainer, excluded)
-        fitted = fit_in_child([*draw.train, *draw.held_out], trainer, model)
+        fitted = fit_in_children([*draw.train, *draw.held_out], trainer, model)
         parts = {"train": fitted[: trainer.seeds], "held_out": fitted[trainer.seeds :]}
         for split, part in parts.items():
             write_rows([seed_row(one, trainer, split) for one in part], draft.path / f"{split}.parquet")

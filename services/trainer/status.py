@@ -2,7 +2,8 @@
 
 Gauges hold the newest step: verl's names as they are in `drzero_trainer_metric{name="actor/grad_norm"}`, and each name
 of `step_metrics.py` in one family per kind, such as `drzero_trainer_reward_part{part="format_think"}` or
-`drzero_trainer_hop{hop="3",name="score_mean"}`; the rest by their full name in `drzero_trainer_rollouts{name=…}`.
+`drzero_trainer_hop{hop="3",name="score_mean"}`; the rest by their full name in `drzero_trainer_rollouts{name=…}`. Two
+more are made of verl's: where the time of the step went, and how far rollout and trained model differ.
 Counters grow over the steps that this process has seen. /health is 200 while the process lives, and its `status` is
 `warning` while an alarm is raised or the trainer waits.
 """
@@ -19,6 +20,7 @@ from fastapi.responses import FileResponse, JSONResponse, Response
 from prometheus_client import Counter, Gauge, Histogram
 
 from services.trainer.guards import NAMES, Alarm
+from services.trainer.step_metrics import REWARD_TAIL, mismatch, step_times
 from shared.metrics import REGISTRY, SECONDS, metrics_text
 from shared.settings import TrainerSettings
 from shared.sockets import listen
@@ -34,8 +36,29 @@ BEST = Gauge("drzero_trainer_reward_part_max", "Maximum of a reward part, last s
 SOLVED = Gauge("drzero_trainer_solved_share", "Share of questions by right attempts.", ["right"], registry=REGISTRY)
 HOP = Gauge("drzero_trainer_hop", "Rollouts and scores by hop, last step.", ["hop", "name"], registry=REGISTRY)
 REASONING = Gauge("drzero_trainer_reasoning_share", "Share of questions by kind.", ["type"], registry=REGISTRY)
-LATENCY = Gauge("drzero_trainer_seconds", "Time of attempts, last step.", ["of", "at"], registry=REGISTRY)
+LATENCY = Gauge(
+    "drzero_trainer_seconds",
+    "Time of attempts, questions, and rollouts' generation and search, last step; reward_tail is how long the last "
+    "verdict came after the last rollout.",
+    ["of", "at"],
+    registry=REGISTRY,
+)
 ROLLOUTS = Gauge("drzero_trainer_rollouts", "Other numbers of the last step's rollouts.", ["name"], registry=REGISTRY)
+
+STEP_SECONDS = Gauge(
+    "drzero_trainer_step_seconds",
+    "Time of the last step by part; all but validation sum to the step, and reward is what it adds to generation.",
+    ["part"],
+    registry=REGISTRY,
+)
+MISMATCH = Gauge(
+    "drzero_trainer_mismatch",
+    "Trained model against rollout engine on the tokens of the last step: correlation of their probabilities (1: "
+    "equal), mean_difference and largest_difference of a probability, and two estimates of KL(rollout || trained) in "
+    "nats, kl and k3_kl (0: equal). A guided turn differs by its guidance.",
+    ["measure"],
+    registry=REGISTRY,
+)
 
 REFUSED = Counter("drzero_trainer_refused_steps", "Batches refused and made again.", registry=REGISTRY)
 INVALID = Counter("drzero_trainer_invalid_rollouts", "Rollouts lost, by reason.", ["reason"], registry=REGISTRY)
@@ -77,7 +100,8 @@ def show_step(
     STEP.set(step)
     HEALTH["step"] = step
     metrics = {name: math.nan if value is None else value for name, value in verls.items()}
-    replace(METRIC, {(name,): value for name, value in metrics.items()})
+    for gauge, numbers in ((METRIC, metrics), (STEP_SECONDS, step_times(metrics, ours)), (MISMATCH, mismatch(metrics))):
+        replace(gauge, {(name,): value for name, value in numbers.items()})
     families: dict[Gauge, dict[tuple[str, ...], float]] = {gauge: {} for gauge in FAMILIES}
     for name, value in ours.items():
         gauge, labels = family(name)
@@ -111,6 +135,8 @@ def show_stage(stage: str) -> None:
 
 def family(name: str) -> tuple[Gauge, tuple[str, ...]]:
     """The gauge and the labels of one name of `step_metrics`."""
+    if name == REWARD_TAIL:  # one number, of no distribution
+        return LATENCY, ("reward_tail", "")
     for prefix, gauge in PREFIXES.items():
         if name.startswith(prefix):
             return gauge, tuple(name.removeprefix(prefix).split("/"))

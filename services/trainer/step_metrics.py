@@ -3,6 +3,8 @@
 Pure. A verdict is one line of the reward's log. A rollout that was lost to a service or a deadline is invalid: it is
 counted, but no mean knows it. Names with a slash belong to a family (`solved/2`, `hop/3/score_mean`). Numbers that
 stand for nothing are left out: no verdicts give {}, invalid ones alone give only counts and times.
+
+`step_times` and `mismatch` read verl's own numbers of the step.
 """
 
 import json
@@ -16,6 +18,21 @@ import numpy as np
 from services.trainer.records import Verdict, valid_only
 
 PARTS = frozenset({"score", "format", "difficulty", "bonus", "citations", "genes", "reasoning", "novelty"})
+REWARD_TAIL = "seconds/reward_tail"
+PART_TIMERS = {
+    "log_probs": "timing_s/old_log_prob",
+    "advantage": "timing_s/adv",
+    "update": "timing_s/update_actor",
+    "weights": "timing_s/update_weights",
+    "checkpoint": "timing_s/save_checkpoint",
+}
+MISMATCH = {
+    "correlation": "training/rollout_actor_probs_pearson_corr",
+    "mean_difference": "training/rollout_probs_diff_mean",
+    "largest_difference": "training/rollout_probs_diff_max",
+    "kl": "rollout_corr/kl",
+    "k3_kl": "rollout_corr/k3_kl",
+}
 LONGEST_TEXT = 200
 LONGEST_ANSWER = 60
 
@@ -54,14 +71,59 @@ def work(verdicts: Sequence[Verdict]) -> dict[str, float]:
 
 
 def times(verdicts: Sequence[Verdict]) -> dict[str, float]:
-    """Median, 95th percentile and maximum of the seconds of attempts, and of all attempts at a question together."""
-    questions = [float(verdict["seconds_attempts"]) for verdict in verdicts if verdict["attempts"]]
-    return {
+    """Median, 95th percentile and maximum of some seconds, and the step's `reward_tail`.
+
+    Of each attempt and of all attempts at a question together; of what each rollout generated and searched.
+    """
+    seconds = {
+        "attempt": attempt_seconds(verdicts),
+        "question": [float(verdict["seconds_attempts"]) for verdict in verdicts if verdict["attempts"]],
+        "generation": [float(verdict["seconds_generating"]) for verdict in verdicts if "seconds_generating" in verdict],
+        "search": [float(verdict["seconds_searching"]) for verdict in verdicts if "seconds_searching" in verdict],
+    }
+    spread = {
         f"seconds/{what}/{name}": float(value)
-        for what, values in (("attempt", attempt_seconds(verdicts)), ("question", questions))
+        for what, values in seconds.items()
         if values
         for name, value in zip(("p50", "p95", "max"), np.quantile(values, (0.5, 0.95, 1.0)), strict=True)
     }
+    return spread | reward_tail(verdicts)
+
+
+def reward_tail(verdicts: Sequence[Verdict]) -> dict[str, float]:
+    """How long the last verdict came after the last rollout was generated: what the reward adds to generation.
+
+    {} when no verdict says when its rollout was generated.
+    """
+    pairs = [(float(verdict["time"]), float(verdict["generated"])) for verdict in verdicts if "generated" in verdict]
+    if not pairs:
+        return {}
+    judged, generated = map(max, zip(*pairs, strict=True))
+    return {REWARD_TAIL: max(0.0, judged - generated)}
+
+
+def step_times(verls: Mapping[str, float], ours: Mapping[str, float]) -> dict[str, float]:
+    """Seconds of a step by part, from verl's metrics and `step_metrics`; {} when verl has timed no step.
+
+    verl's `gen` ends with the last verdict; its tail, where it is known, is `reward`, the rest `generation`, searches
+    among it. `other` is what nothing else accounts for. All these sum to the step; `validation` comes after it.
+    """
+    if "timing_s/step" not in verls:
+        return {}
+    seconds = {part: verls[timer] for part, timer in PART_TIMERS.items() if timer in verls}
+    if "timing_s/gen" in verls:
+        whole = verls["timing_s/gen"]
+        tail = {"reward": min(ours[REWARD_TAIL], whole)} if REWARD_TAIL in ours else {}
+        seconds = {"generation": whole - sum(tail.values()), **tail, **seconds}
+    seconds["other"] = max(0.0, verls["timing_s/step"] - sum(seconds.values()))
+    if "timing_s/testing" in verls:
+        seconds["validation"] = verls["timing_s/testing"]
+    return seconds
+
+
+def mismatch(verls: Mapping[str, float]) -> dict[str, float]:
+    """How far the trained model's probabilities of the sampled tokens are from those the rollout engine drew with."""
+    return {name: verls[key] for name, key in MISMATCH.items() if key in verls}
 
 
 def means(valid: Sequence[Verdict]) -> dict[str, float]:

@@ -72,11 +72,12 @@ def training_settings(settings: Settings) -> dict[str, Any]:
     trainer = settings.trainer
     neutral = {
         "run", "host", "port", "agent_workers", "reward_workers", "storage_units", "save_every", "keep_checkpoints",
-        "patience_s", "stall_s", "object_store_gb", "restarts", "max_refusals", "guards", "actor", "reward",
+        "patience_s", "start_patience_s", "rollout_deadline_s", "stall_s", "object_store_gb", "restarts",
+        "max_refusals", "guards", "actor", "reward",
     }  # fmt: skip
     patience = {"concurrency", "attempt_deadline_s", "question_deadline_s"}
     shape = trainer.model_dump(mode="json", exclude=neutral)
-    shape["actor"] = trainer.actor.model_dump(mode="json", exclude={"rollout_threads", "gpu_memory_utilization"})
+    shape["actor"] = trainer.actor.model_dump(mode="json", exclude={"rollout_threads", "kv_tokens"})
     shape["reward"] = trainer.reward.model_dump(mode="json", exclude=patience)
     shape["solver"] = {"model": settings.solver.model}
     return shape

@@ -25,9 +25,10 @@ from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from services.trainer.advantage import flat_groups, grpo_advantages, hrpo_advantages
+from services.trainer.early_workers import EarlyWorkers
 from services.trainer.outage import noting_outage
 from services.trainer.paths import run_paths
-from services.trainer.protocol import TRAINER
+from services.trainer.protocol import DEADLINE, TRAINER
 from services.trainer.records import TRAIN, append_refusal, read_verdicts
 from services.trainer.reward import hop_of
 from shared.balance import addresses_in
@@ -60,10 +61,24 @@ class SelfPlayTrainer(PPOTrainerSync):  # type: ignore[misc]
         self._settings = load_settings()
         return CheckedBuffer(super()._build_replay_buffer(), self._again, self._settings)
 
+    def init(self) -> None:
+        """verl's own start, for which services may still be loading their models; over when they are ready too."""
+        EarlyWorkers.start(self.config)
+        super().init()
+        wait_for_health(self._settings, "training is about to begin", patience=self._settings.trainer.start_patience_s)
+
     def on_validate_begin(self) -> None:
         """A validation is not repeated when services lose it, so it begins only when they are there."""
-        wait_for_health(self._settings, "a validation is about to begin")
+        wait_for_health(self._settings, "a validation is about to begin", patience=self._settings.trainer.patience_s)
         super().on_validate_begin()
+
+    def on_sample_end(self) -> None:
+        """The engine goes to sleep, which SGLang does only when nothing runs: what a deadline left behind is ended."""
+        if self.replay_buffer.abandoned:
+            self.checkpoint_manager.abort_replicas()
+            self.checkpoint_manager.resume_generation_replicas()
+            self.replay_buffer.abandoned = False
+        super().on_sample_end()
 
     def _submit_batch_to_rollout(self, batch: TensorDict) -> int:
         self._submitted = batch.copy()
@@ -88,6 +103,7 @@ class CheckedBuffer:
     def __init__(self, inner: ReplayBuffer, again: Callable[[], None], settings: Settings) -> None:
         self._inner = inner
         self._again = again
+        self.abandoned = False  # whether the engine may still generate for a rollout that a deadline has ended
         self._settings = settings
 
     def sample(self, global_steps: int, partition_id: str, batch_size: int) -> tuple[Any, dict[str, Any]]:
@@ -104,6 +120,7 @@ class CheckedBuffer:
             if partition_id != PARTITION:
                 return batch, metrics
             reasons = lost_rollouts(batch, expected=batch_size * trainer.rollouts_per_prompt)
+            self.abandoned |= reasons[DEADLINE] > 0
             share = reasons.total() / (batch_size * trainer.rollouts_per_prompt)
             # A batch without any judged rollout has nothing to divide the loss by, whatever the settings allow.
             if share <= trainer.max_invalid_share and share < 1:
@@ -121,7 +138,7 @@ class CheckedBuffer:
         if refused > trainer.max_refusals:
             with noting_outage():
                 raise Unavailable("rollouts", f"{text}, {refused} times in a row")
-        wait_for_health(self._settings, text)
+        wait_for_health(self._settings, text, patience=trainer.patience_s)
         left = tq.kv_list(PARTITION) or {}
         tq.kv_clear(partition_id=PARTITION, keys=list(left.get(PARTITION, {})))
         self._again()
@@ -131,17 +148,22 @@ def lost_rollouts(batch: Any, *, expected: int) -> Counter[str]:
     """Lost rollouts of a batch by reason; those that never came back count as `rollout`."""
     if batch is None:
         return Counter(rollout=expected)
-    notes = [reward_notes(extra) for extra in fetch(batch, "extra_fields")]
-    reasons = Counter("invalid" for note in notes if not note["valid"])
-    return reasons + Counter(rollout=max(0, expected - len(notes)))
+    extras = fetch(batch, "extra_fields")
+    reasons = Counter(lost_to(extra) for extra in extras if not reward_notes(extra)["valid"])
+    return reasons + Counter(rollout=max(0, expected - len(extras)))
 
 
-def wait_for_health(settings: Settings, reason: str) -> None:
-    """Return when search and solver answer; Unavailable when one has not within `trainer.patience_s`.
+def lost_to(extra: Any) -> str:
+    """`deadline` for an invalid rollout that its deadline ended, `invalid` for any other."""
+    return DEADLINE if json.loads(extra["trajectory"])["lost"] == DEADLINE else "invalid"
+
+
+def wait_for_health(settings: Settings, reason: str, *, patience: float) -> None:
+    """Return when search and solver answer; Unavailable when one has not within `patience` seconds.
 
     While it waits, `waiting.json` says why; a service that stays away is noted as an outage.
     """
-    waiting, patience = run_paths(settings).waiting, settings.trainer.patience_s
+    waiting = run_paths(settings).waiting
     give_up = time.monotonic() + patience
     probes = (("retrieval", settings.retrieval.url, "/ready"), ("solver", settings.solver.url, "/health"))
     for service, urls, path in probes:
