@@ -11,7 +11,6 @@ Retrieval, solver, trainer and rollout engine share every card; GB are 2³⁰ by
 """
 
 import argparse
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -127,8 +126,7 @@ def solver_parts(settings: Settings, shape: Shape) -> list[Part]:
     """
     solver, sglang = settings.solver, settings.solver.sglang
     weights = shape.parameters * 2 / sglang.tp_size / GIB
-    sequences = math.ceil(solver.max_running / sglang.dp_size)
-    passes = _engine_gb(settings, shape, sequences=sequences, graphs=sglang.cuda_graph_max_bs)
+    passes = _engine_gb(settings, shape, sequences=solver.running_per_copy, graphs=solver.cuda_graph_max_bs)
     return [
         Part("solver", "CUDA context", CONTEXT_GB),
         Part("solver", "weights, bf16", weights),

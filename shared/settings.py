@@ -165,6 +165,9 @@ class RetrievalSettings(Section):
     queue_queries: Count = Field(2048, description="Most queries that wait for the search thread; more get a 503.")
 
 
+LARGEST_GRAPH = 256  # the largest batch that SGLang would capture by itself on a card of 80 GB
+
+
 class SglangSettings(Section):
     """Flags of the SGLang server (GPU solver)."""
 
@@ -176,7 +179,9 @@ class SglangSettings(Section):
     chunked_prefill_tokens: Count = Field(
         4096, description="Prompt tokens per forward pass, here and in rollouts; fewer take less memory."
     )
-    cuda_graph_max_bs: Count = Field(32, description="Largest batch captured as a CUDA graph; small starts fast.")
+    cuda_graph_max_bs: Count | None = Field(
+        None, description="Largest batch captured as a CUDA graph; none: all that may run at once, at most 256."
+    )
     attention_backend: str = Field("triton", description="SGLang attention kernels; triton needs no extra wheel.")
     sampling_backend: str = Field("pytorch", description="SGLang sampling kernels.")
     grammar_backend: str = Field("xgrammar", description="SGLang's engine of guided decoding.")
@@ -206,9 +211,19 @@ class SolverSettings(Section):
     sglang: SglangSettings = SglangSettings()
 
     @property
+    def running_per_copy(self) -> int:
+        """Requests that one copy of the model runs at once; SGLang splits `max_running` among the copies."""
+        return math.ceil(self.max_running / self.sglang.dp_size)
+
+    @property
     def kv_tokens(self) -> int:
-        """Tokens in the KV pool of one copy of the model; SGLang splits `max_running` among the copies."""
-        return self.sglang.kv_tokens or math.ceil(self.max_running / self.sglang.dp_size) * self.context_tokens
+        """Tokens in the KV pool of one copy of the model."""
+        return self.sglang.kv_tokens or self.running_per_copy * self.context_tokens
+
+    @property
+    def cuda_graph_max_bs(self) -> int:
+        """The largest batch that one copy captures as a CUDA graph; a larger one is several times slower a token."""
+        return self.sglang.cuda_graph_max_bs or min(LARGEST_GRAPH, self.running_per_copy)
 
 
 class BiomedicalSettings(Section):
@@ -219,6 +234,9 @@ class BiomedicalSettings(Section):
     reasoning_weight: Bonus = Field(0.05, description="Weight of: the question asks for more than a definition.")
     novelty_weight: Bonus = Field(0.1, description="Weight of: the question is not like a recent one.")
     novelty_window: Count = Field(512, description="Questions of earlier steps that a new one is compared with.")
+    grounded: bool = Field(
+        True, description="Difficulty is paid only for an answer that stands in the seed paper or a search result."
+    )
     novelty_threshold: float = Field(
         0.8, ge=0, lt=1, description="Similarity up to which a question is new; at 1 it is a copy."
     )
@@ -272,6 +290,9 @@ class GuardSettings(Section):
     max_length_growth: float = Field(3.0, gt=1, description="Mean response length over that of the first steps.")
     min_reward_share: float = Field(
         0.25, ge=0, lt=1, description="Mean reward over the best mean so far, below which the reward has collapsed."
+    )
+    max_repeated_share: Share = Field(
+        0.5, description="Share of a step's questions that are also asked about another paper of that step."
     )
     flat_steps: Count = Field(5, description="Steps without any variance in the groups after which the run says so.")
 

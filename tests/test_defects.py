@@ -8,6 +8,7 @@ import asyncio
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -30,7 +31,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "defects.md"
 SETS = get_args(TrainerSettings.model_fields["prompts"].annotation)
 INFO: dict[str, Any] = {"document": "Metformin activates AMPK.", "pmid": "1"}
-QUESTION = "Which kinase does metformin activate?"
+QUESTION = "Which enzyme does metformin act on?"
 TURN = f"<think>x</think><question>{QUESTION}</question><answer>AMPK</answer>"
 BIOMEDICAL = RewardSettings(variant="biomedical", attempts=3)
 AROUND = Surroundings("gated", (), lambda pmid: pmid in {"1", "7"})
@@ -180,8 +181,10 @@ def test_a_turn_that_was_cut_off_keeps_what_it_had_finished() -> None:
 def test_half_a_proposal_earns_no_bonus_and_is_not_attempted(turn: str) -> None:
     verdict = judge(proposal(turn), [], BIOMEDICAL, AROUND)
     assert (verdict["score"], verdict["bonus"], verdict["citations"]) == (0, 0, float("7" in turn))
-    assert not worth_attempting(proposal(turn), "gated")
-    assert not worth_attempting(proposal(turn), "graded")
+    for variant in ("paper", "biomedical"):
+        settings = RewardSettings.model_validate({"variant": variant})
+        assert not worth_attempting(proposal(turn), "gated", settings)
+        assert not worth_attempting(proposal(turn), "graded", settings)
 
 
 def test_a_question_loses_nothing_because_its_own_words_stand_in_what_was_read() -> None:
@@ -229,7 +232,9 @@ def test_the_examples_that_the_proposer_sees_earn_full_marks(name: str) -> None:
     example = json.loads(prompt_file("proposer_examples.json"))[name]
     steps = [turn["content"] if turn["role"] == "assistant" else result(turn["content"]) for turn in example["turns"]]
     trajectory = reward.read_response(response(*steps))
-    shown = reward.read_proposal(trajectory, hop=example["hop"], info=example)
+    copied = reward.read_proposal(trajectory, hop=example["hop"], info=example)
+    assert copied.copied
+    shown = replace(copied, copied=False)
     for form in ("graded", "gated"):
         assert format_score(format_parts(shown), form) == 1
 

@@ -75,7 +75,7 @@ class Strike:
 
 
 SAMPLES = [
-    Sample("Which kinase does metformin activate?", "AMPK", right=3),
+    Sample("Which enzyme does metformin act on?", "AMPK", right=3),
     Sample("Why do carriers of the variant bleed?", "factor VIII", right=1, hit=True),
     Sample("Which drug inhibits the product of this fusion?", "imatinib (PMID 7)", 2, searching=True, hop=2, hit=True),
     Sample("Through which receptor does it signal?", "IL6R", right=0, hop=2),
@@ -158,6 +158,7 @@ def judged_by(
             "DRZERO_SOLVER__URL": solver,
             "DRZERO_RETRIEVAL__URL": search,
             "DRZERO_TRAINER__REWARD__VARIANT": "biomedical",
+            "DRZERO_TRAINER__REWARD__BIOMEDICAL__GROUNDED": "false",  # the samples come without a document
             "DRZERO_TRAINER__REWARD__ATTEMPTS": str(attempts),
             "DRZERO_TRAINER__REWARD__ATTEMPT_DEADLINE_S": str(deadline_s),
             "DRZERO_TRAINER__REWARD__CONCURRENCY": "256",  # nobody waits for a place

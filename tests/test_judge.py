@@ -1,5 +1,7 @@
 """A verdict from a rollout and its attempts: what counts, what is invalid, what the variants add."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -88,7 +90,27 @@ def test_the_gate_cannot_be_bypassed_by_a_bonus() -> None:
     leaked = Proposal((TURN.replace("How does", "How does AMPK activation by"),), 1, 0, 0, PROPOSAL.evidence, ("7",))
     verdict = judge(leaked, [], settings(variant="biomedical"), AROUND)
     assert (verdict["citations"], verdict["score"]) == (1, 0)
-    assert not worth_attempting(leaked, "gated")
+    assert not worth_attempting(leaked, "gated", settings(variant="biomedical"))
+
+
+@pytest.mark.parametrize("form", ["graded", "gated"])
+@pytest.mark.parametrize("variant", ["paper", "biomedical"])
+def test_a_worked_examples_question_is_not_attempted_and_earns_nothing_for_itself(form: str, variant: str) -> None:
+    chosen, around = settings(variant=variant), replace(AROUND, form=form)
+    own, copied = PROPOSAL, replace(PROPOSAL, copied=True)
+    assert worth_attempting(own, form, chosen)
+    assert not worth_attempting(copied, form, chosen)
+    verdict = judge(copied, [], chosen, around)
+    assert verdict["copied"] == 1
+    assert [verdict[f"format_{part}"] for part in ("integrity", "question", "answer", "answer_given")] == [0, 0, 0, 0]
+    assert verdict["score"] == judge(Proposal(("<think>x</think>",), 1, 0, 0, ""), [], chosen, around)["score"]
+
+
+def test_the_biomedical_variant_pays_difficulty_only_for_answers_that_were_read() -> None:
+    guessed = replace(PROPOSAL, evidence="It lowers blood glucose.")
+    assert worth_attempting(guessed, "graded", settings())
+    assert not worth_attempting(guessed, "graded", settings(variant="biomedical"))
+    assert worth_attempting(guessed, "graded", settings(variant="biomedical", biomedical={"grounded": False}))
 
 
 def test_a_synonym_counts_in_the_biomedical_variant_and_exact_match_is_still_reported() -> None:

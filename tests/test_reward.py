@@ -15,7 +15,7 @@ from services.trainer import reward
 from services.trainer.paths import run_paths
 from shared.settings import Settings, build_settings
 
-TURN = "<think>x</think><question>Which kinase does metformin activate?</question><answer>AMPK</answer>"
+TURN = "<think>x</think><question>Which enzyme does metformin act on?</question><answer>AMPK</answer>"
 CALL = '<tool_call>{"name": "search", "arguments": {"query_list": ["metformin"]}}</tool_call>'
 
 
@@ -218,6 +218,25 @@ def test_the_same_search_again_is_no_further_search() -> None:
         return reward.read_proposal({"turns": [CALL] * len(queries), "searches": searches}, hop=3, info=INFO).searches
 
     assert [found("metformin"), found("metformin", "Metformin."), found("metformin", "AMPK")] == [1, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("question", "copied"),
+    [
+        ("Which kinase does metformin activate in the liver?", True),
+        (
+            "Which kinase does metformine activate in the body?",
+            True,
+        ),  # from the run that found it
+        ("On which chromosome lies the BCR-ABL1 gene?", True),  # an example that only the solver sees
+        ("Which kinase does metformin inhibit in neurons of the hypothalamus?", False),
+        ("Which gene does imatinib resistance depend on?", False),
+        ("", False),
+    ],
+)
+def test_a_worked_examples_question_is_recognised_however_it_is_spelt(question: str, copied: bool) -> None:
+    turn = f"<think>x</think><question>{question}</question><answer>AMPK</answer>"
+    assert reward.read_proposal({"turns": [turn], "searches": []}, hop=1, info=INFO).copied == copied
 
 
 def test_attempt_seeds_are_the_same_for_the_same_question_and_differ_otherwise() -> None:

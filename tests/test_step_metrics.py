@@ -39,6 +39,7 @@ def verdict(right: int = 2, judged: int = 5, **changes: Any) -> Verdict:
     parts = {f"format_{name}": 1.0 for name in ("integrity", "think", "tool", "question", "answer")}
     return {
         "hop": 2,
+        "pmid": "7",
         "question": "Which gene does the drug act on?",
         "answer": "TP53",
         "attempts": [attempt(seconds=float(number + 1)) for number in range(judged)],
@@ -143,6 +144,17 @@ def test_a_rollout_without_a_question_is_no_duplicate_and_asks_for_nothing() -> 
     assert (numbers["duplicates_share"], numbers["reasoning/cause"], numbers["reasoning/entity"]) == (0.5, 0.5, 0.5)
     assert "reasoning/other" not in numbers
     assert "duplicates_share" not in step_metrics([silent])
+
+
+def test_one_question_for_many_papers_shows_as_repeats_and_a_papers_own_group_does_not() -> None:
+    same = [verdict(question="Which hormone lowers glucose?", pmid=str(n)) for n in range(6)]
+    group = [verdict(question="What does APOE bind?", pmid="99")] * 2
+    assert step_metrics([*same, *group])["repeated_share"] == 0.75
+    assert "repeated_share" not in step_metrics(same)
+    example = [verdict(question="Which kinase does metformin activate?", pmid=str(n), copied=1.0) for n in range(8)]
+    numbers = step_metrics([*same, *group, *example])
+    assert (numbers["repeated_share"], numbers["copied_share"]) == (0.75, 0.5)
+    assert step_metrics(example)["copied_share"] == 1
 
 
 def test_searches_broken_calls_and_endings_are_summed_over_all_rollouts() -> None:

@@ -22,7 +22,7 @@ def sglang_command(solver: SolverSettings, folder: str) -> list[str]:
         "--mem-fraction-static": MEMORY_SHARE,
         "--tp-size": solver.sglang.tp_size,
         "--dp-size": solver.sglang.dp_size,
-        "--cuda-graph-max-bs": solver.sglang.cuda_graph_max_bs,
+        "--cuda-graph-max-bs": solver.cuda_graph_max_bs,
         "--chunked-prefill-size": solver.sglang.chunked_prefill_tokens,
         "--attention-backend": solver.sglang.attention_backend,
         "--sampling-backend": solver.sglang.sampling_backend,

@@ -84,14 +84,19 @@ def novelty_part(question: str, recent: Sequence[str], threshold: float) -> floa
     (1 − s) / (1 − threshold) for s > threshold, s in [0, 1] on normalised text without citations. 1 when nothing is
     recent, 0 for an empty question.
     """
-    asked = _comparable(question)
-    if not asked:
+    similarity = likeness(question, recent)
+    if not _comparable(question):
         return 0.0
+    return 1.0 if similarity <= threshold else (1.0 - similarity) / (1.0 - threshold)
+
+
+def likeness(question: str, others: Sequence[str]) -> float:
+    """Similarity in [0, 1] of a question to the most similar other one; 1 is a copy, 0 when there is no other."""
     # Sorted tokens: the same question in another word order is a copy. Not the token-set ratio, which is 1 as soon as
     # one question's words all stand in the other: a two-hop question would count as a copy of its first hop.
-    closest = process.extractOne(asked, [_comparable(one) for one in recent], scorer=fuzz.token_sort_ratio)
-    similarity = closest[1] / 100 if closest else 0.0
-    return 1.0 if similarity <= threshold else (1.0 - similarity) / (1.0 - threshold)
+    asked, known = _comparable(question), [_comparable(one) for one in others]
+    closest = process.extractOne(asked, known, scorer=fuzz.token_sort_ratio)
+    return closest[1] / 100 if closest else 0.0
 
 
 def _comparable(question: str) -> str:

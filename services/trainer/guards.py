@@ -6,7 +6,7 @@ about it: it raises no alarm, and it neither breaks nor lengthens a streak.
 
 `loss` ends the run at once: the forward pass itself is broken, and each further rollout would be wasted. `gradient`
 warns first, because verl leaves out an update whose norm is not finite, so the weights are still good; it and
-`entropy`, `length` and `reward` end the run after `steps` bad steps in a row. `refused` and `flat` never do.
+`entropy`, `length`, `reward` and `repeats` end the run after `steps` bad steps in a row. `refused` and `flat` never do.
 """
 
 import math
@@ -18,7 +18,7 @@ from shared.settings import GuardSettings
 History = Mapping[int, Mapping[str, float | None]]
 Findings = dict[int, str]  # measured step → what is wrong with it, or ""
 
-NAMES = ("loss", "gradient", "entropy", "length", "reward", "refused", "flat")
+NAMES = ("loss", "gradient", "entropy", "length", "reward", "repeats", "refused", "flat")
 NEVER_FATAL = frozenset({"refused", "flat"})
 FIRST_STEPS = 5  # steps that set the usual response length
 WINDOW = 5  # steps of one mean reward: the best single step of a small batch is luck
@@ -45,6 +45,7 @@ def alarms(history: History, settings: GuardSettings) -> list[Alarm]:
         "entropy": (collapsed_entropy(steps, settings.min_entropy), settings.steps),
         "length": (exploded_length(steps, settings.max_length_growth), settings.steps),
         "reward": (collapsed_reward(steps, settings.min_reward_share), settings.steps),
+        "repeats": (repeated_questions(steps, settings.max_repeated_share), settings.steps),
         "refused": (refused_batches(steps), None),
         "flat": (flat_groups(steps), None),
     }
@@ -155,6 +156,21 @@ def collapsed_reward(history: History, share: float) -> Findings:
         if len(earlier) >= WINDOW:
             best = max(best, sum(earlier[-WINDOW:]) / WINDOW)
     return findings
+
+
+def repeated_questions(history: History, bound: float) -> Findings:
+    """Steps in which most questions are also asked about another paper: they pay whatever the paper says."""
+    remedy = (
+        "set DRZERO_TRAINER__REWARD__VARIANT=biomedical, which pays difficulty only for answers from the papers read, "
+        "or lower DRZERO_TRAINER__ACTOR__LEARNING_RATE (bound: DRZERO_TRAINER__GUARDS__MAX_REPEATED_SHARE)"
+    )
+    return {
+        step: f"{value:.0%} of the questions of step {step} are asked about several papers, at most {bound:.0%} "
+        f"expected: {remedy}"
+        if value > bound
+        else ""
+        for step, value in measured(history, "repeated_share").items()
+    }
 
 
 def refused_batches(history: History) -> Findings:

@@ -49,6 +49,7 @@ def judge(
         "attempts_valid": float(len(judged)),
         "attempts_correct": float(sum(exact_match(attempt.answer, proposal.answer) for attempt in judged)),
         "attempts_credit": sum(earned),
+        "copied": float(proposal.copied),
         "searches_made": float(proposal.searches),
         "calls_failed": float(proposal.failed_calls),
     }
@@ -91,8 +92,13 @@ def invalid_reason(attempts: Sequence[Attempt], valid: bool, lost: str) -> str:
     return lost or Counter(attempt.ended for attempt in attempts if attempt.lost).most_common(1)[0][0]
 
 
-def worth_attempting(proposal: Proposal, form: str) -> bool:
-    """Whether the solver is asked: there are question and answer and, under the gate, the gate holds."""
-    if form == "gated":
-        return format_score(format_parts(proposal), form) > 0
-    return bool(proposal.question) and bool(proposal.answer)
+def worth_attempting(proposal: Proposal, form: str, settings: RewardSettings) -> bool:
+    """Whether the solver is asked: only where difficulty can be paid.
+
+    There are question and answer, the question is no worked example's, under the gate the gate holds, and where the
+    variant wants grounded answers, the answer is.
+    """
+    parts = format_parts(proposal)
+    if settings.variant == "biomedical" and settings.biomedical.grounded and not parts["answer"]:
+        return False
+    return format_score(parts, form) > 0 if form == "gated" else bool(parts["question"] and parts["answer_given"])

@@ -12,12 +12,11 @@ from typing import Any
 from services.trainer.paths import RunPaths
 from services.trainer.protocol import PARSER, TRAINER
 from shared.hardware import cpu_dtype
-from shared.settings import ActorSettings, Settings, TrainerSettings
+from shared.settings import LARGEST_GRAPH, ActorSettings, Settings, TrainerSettings
 
 MAX_PARALLEL_CALLS = 4  # search calls that are carried out in one turn; further ones count as failed
 RAY_CPUS = 64  # logical: verl's many small actors each claim one; it bounds nothing
 MEMORY_SHARE = 0.9  # bounds the KV pool, whose size is `max_total_tokens`
-LARGEST_GRAPH = 256  # the largest batch that SGLang would capture by itself
 
 
 def verl_overrides(settings: Settings, paths: RunPaths, *, model: str, resume_from: str | None) -> list[str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.records import Hit, Seed
-from shared.transcript import TOOL
+from shared.transcript import TOOL, last_tag
 
 PROMPTS = Path(__file__).parent / "prompts"
 AGENT = "search_agent"  # the name under which verl knows agent_loop.py
@@ -86,6 +86,18 @@ def solver_messages(question: str, prompts: str, examples: int) -> list[Message]
         for example in _examples("solver", "search", examples)
     ]
     return _conversation("solver", prompts, worked, text.format(question=question))
+
+
+@cache
+def example_questions() -> tuple[str, ...]:
+    """The questions of all worked examples of both roles."""
+    proposed = [
+        last_tag(turn["content"], "question")
+        for example in json.loads(prompt_file("proposer_examples.json")).values()
+        for turn in example["turns"]
+    ]
+    solved = [example["question"] for example in json.loads(prompt_file("solver_examples.json")).values()]
+    return tuple(sorted({*filter(None, proposed), *solved}))
 
 
 def _conversation(role: str, prompts: str, worked: Sequence[list[Message]], request: str) -> list[Message]:

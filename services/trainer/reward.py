@@ -15,18 +15,18 @@ import time
 from collections import Counter
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from services.trainer.attempts import Attempts
-from services.trainer.biomedical import reasoning_type
+from services.trainer.biomedical import likeness, reasoning_type
 from services.trainer.gate import form_at
 from services.trainer.judge import Surroundings, invalid_reason, judge, worth_attempting
 from services.trainer.matching import normalise
 from services.trainer.paths import RunPaths, run_paths
-from services.trainer.protocol import SOURCE
+from services.trainer.protocol import SOURCE, example_questions
 from services.trainer.recent import RecentQuestions
 from services.trainer.records import TRAIN
 from services.trainer.scores import Proposal
@@ -41,6 +41,7 @@ from shared.settings import Settings, load_settings
 from shared.transcript import search_calls, split_response
 
 SEEDED = re.compile(rf"{SOURCE}([1-9])")
+COPIED = 0.8  # likeness to a worked example's question above which it is that question
 PMID_SHOWN = re.compile(r"\bPMID (\d{1,9}):")
 
 # What `agent_loop.py` measures; responses that others have made lack it.
@@ -140,7 +141,7 @@ async def score_proposal(
     recent = judging.recent.before(step, reward.biomedical.novelty_window)
     began = time.monotonic()
     attempts: list[Attempt] = []
-    if not lost and worth_attempting(proposal, form):
+    if not lost and worth_attempting(proposal, form, reward):
         seeds = attempt_seeds(judging.settings.trainer.seed, step, proposal.question, reward.attempts)
         attempts = await judging.attempts.answer(proposal.question, seeds)
     around = Surroundings(form, recent, corpus_has(judging.paths.corpus))
@@ -187,7 +188,7 @@ def read_proposal(trajectory: dict[str, Any], *, hop: int, info: dict[str, Any])
     searches = trajectory["searches"]
     # The same search twice finds nothing further: it counts once.
     fruitful = {frozenset(map(normalise, search["queries"])) for search in searches if search["pmids"]}
-    return Proposal(
+    proposal = Proposal(
         turns=tuple(trajectory["turns"]),
         hop=hop,
         searches=len(fruitful),
@@ -195,6 +196,7 @@ def read_proposal(trajectory: dict[str, Any], *, hop: int, info: dict[str, Any])
         evidence="\n".join([info["document"], *(search["text"] for search in searches)]),
         seen=(str(info["pmid"]), *(pmid for search in searches for pmid in search["pmids"])),
     )
+    return replace(proposal, copied=likeness(proposal.question, example_questions()) > COPIED)
 
 
 def read_response(text: str) -> dict[str, Any]:

@@ -26,6 +26,7 @@ class Proposal:
     failed_calls: int  # broken calls and calls that brought none
     evidence: str  # seed document and search results
     seen: tuple[str, ...] = ()  # PMIDs of the seed and of all papers the searches returned
+    copied: bool = False  # whether the question is that of a worked example, whose answer the solver was shown
 
     @property
     def question(self) -> str:
@@ -44,8 +45,8 @@ class Proposal:
 
 
 def format_parts(proposal: Proposal) -> dict[str, float]:
-    """Each part of the format score by name, in [0, 1]."""
-    question, answer = proposal.question, proposal.answer
+    """Each part of the format score by name, in [0, 1]; a copied question counts as none, and its answer neither."""
+    question, answer = ("", "") if proposal.copied else (proposal.question, proposal.answer)
     stands = bool(question) and bool(answer)
     leaked = stands and contains(question, answer)
     return {

@@ -15,6 +15,7 @@ from statistics import fmean, stdev
 
 import numpy as np
 
+from services.trainer.matching import normalise
 from services.trainer.records import Verdict, valid_only
 
 PARTS = frozenset({"score", "format", "difficulty", "bonus", "citations", "genes", "reasoning", "novelty"})
@@ -33,6 +34,7 @@ MISMATCH = {
     "kl": "rollout_corr/kl",
     "k3_kl": "rollout_corr/k3_kl",
 }
+ENOUGH_QUESTIONS = 8  # of a step, before repeats among them say something
 LONGEST_TEXT = 200
 LONGEST_ANSWER = 60
 
@@ -166,12 +168,23 @@ def solved(valid: Sequence[Verdict]) -> dict[str, float]:
 
 
 def wording(valid: Sequence[Verdict]) -> dict[str, float]:
-    """Shares of the valid rollouts with a question that are like a recent one, and that ask for each kind of thing."""
-    asked = [verdict for verdict in valid if verdict["question"]]
+    """Shares of the valid rollouts with a question: those that are like a recent one, and by what they ask for.
+
+    `repeated_share` are questions that are also asked about another paper of the step; with few questions it would be
+    chance and is left out. Copies of a worked example are counted apart, as a share of all with a question.
+    """
+    written = [verdict for verdict in valid if verdict["question"]]
+    asked = [verdict for verdict in written if not verdict.get("copied")]
+    copied = {"copied_share": 1 - len(asked) / len(written)} if written else {}
     if not asked:
-        return {}
+        return copied
     kinds = Counter(verdict["reasoning_type"] for verdict in asked)
-    return {
+    papers: dict[str, set[str]] = defaultdict(set)
+    for verdict in asked:
+        papers[normalise(verdict["question"])].add(verdict["pmid"])
+    repeated = fmean([float(len(papers[normalise(verdict["question"])]) > 1) for verdict in asked])
+    return copied | {
+        **({"repeated_share": repeated} if len(asked) >= ENOUGH_QUESTIONS else {}),
         "duplicates_share": fmean([float(verdict["novelty"] < 1) for verdict in asked]),
         **{f"reasoning/{kind}": count / len(asked) for kind, count in sorted(kinds.items())},
     }
