@@ -32,10 +32,10 @@ class SearchCall:
 
 
 def last_tag(text: str, name: str) -> str:
-    """The stripped content of the last complete `<name>…</name>`, or ""."""
-    end = text.rfind(f"</{name}>")
-    start = text.rfind(f"<{name}>", 0, max(end, 0))
-    return text[start + len(name) + 2 : end].strip() if 0 <= start < end else ""
+    """The stripped content of the last complete `<name>…</name>`, up to its first closing tag, or ""."""
+    begun, _, _ = text.rpartition(f"</{name}>")
+    _, opening, inside = begun.rpartition(f"<{name}>")
+    return inside.partition(f"</{name}>")[0].strip() if opening else ""
 
 
 def search_calls(text: str) -> list[SearchCall]:

@@ -94,8 +94,8 @@ def test_an_answer_that_stands_in_the_prompt_alone_is_no_answer() -> None:
         return chat_reply("<think>I do not know.</think>")
 
     with serving(silent) as url:
-        [verdict] = score(url, TURN)
-    assert all("<answer>AMPK</answer>" in json.dumps(body["messages"]) for body in asked)
+        [verdict] = score(url, TURN.replace("AMPK", "insulin"))
+    assert all("<answer>insulin</answer>" in json.dumps(body["messages"]) for body in asked)
     assert (verdict["attempts_valid"], verdict["attempts_correct"], verdict["difficulty"]) == (3, 0, 0)
 
 

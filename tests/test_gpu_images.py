@@ -75,10 +75,12 @@ def test_gpu_services_are_built_and_named_apart_from_those_without() -> None:
     assert services["ingest"]["image"] == "drzero/ingest:dev"
 
 
-def test_the_trainer_starts_after_a_healthy_solver_because_both_engines_share_what_is_free() -> None:
+def test_the_trainer_starts_beside_search_and_solver_once_there_is_an_index() -> None:
     services = project()
-    assert services["trainer"]["depends_on"]["solver"]["condition"] == "service_healthy"
-    assert services["trainer"]["depends_on"]["retrieval"]["condition"] == "service_healthy"
+    conditions = {name: needed["condition"] for name, needed in services["trainer"]["depends_on"].items()}
+    assert conditions == {
+        "index": "service_completed_successfully", "retrieval": "service_started", "solver": "service_started",
+    }  # fmt: skip
     assert services["solver"]["healthcheck"]["test"]
 
 

@@ -190,9 +190,10 @@ def test_a_port_in_use_ends_in_one_sentence(tmp_path: Path) -> None:
 
 def test_sglangs_command_carries_the_settings() -> None:
     words = sglang_command(SolverSettings(port=9001, max_running=7), "/models/x")
-    flags = dict(zip(words[2:-1:2], words[3:-1:2], strict=True))
+    assert words[-2:] == ["--disable-piecewise-cuda-graph", "--enable-metrics"]
+    flags = dict(zip(words[2:-2:2], words[3:-2:2], strict=True))
     assert words[:2] == ["-m", "sglang.launch_server"]
-    assert words[-1] == "--enable-metrics"
     assert flags["--port"] == "9001"
     assert flags["--model-path"] == "/models/x"
-    assert flags["--max-running-requests"] == "7"
+    assert flags["--max-running-requests"] == flags["--cuda-graph-max-bs"] == "7"
+    assert flags["--max-total-tokens"] == str(7 * SolverSettings().context_tokens)

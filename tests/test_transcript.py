@@ -27,6 +27,11 @@ def test_the_last_complete_tag_counts() -> None:
     assert last_tag(text, "answer") == "second"
 
 
+@pytest.mark.parametrize("tail", ["</answer>", "</think></answer></answer>", " and </answer> more"])
+def test_closing_tags_behind_an_answer_are_no_part_of_it(tail: str) -> None:
+    assert last_tag(f"<answer>one</answer><answer>two</answer>{tail}", "answer") == "two"
+
+
 @pytest.mark.parametrize("text", ["", "<answer>open", "</answer>", "</answer><answer>"])
 def test_no_complete_tag_is_an_empty_answer(text: str) -> None:
     assert last_tag(text, "answer") == ""
