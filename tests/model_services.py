@@ -42,8 +42,8 @@ class Service(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 512
 
-    def __init__(self, answer: Answer) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, answer: Answer, *, port: int = 0, handler: "type[Handler] | None" = None) -> None:
+        super().__init__(("127.0.0.1", port), handler or Handler)
         self.answer = answer
         self.stopping = threading.Event()
         self.connections = 0

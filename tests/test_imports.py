@@ -41,7 +41,7 @@ AT_TOP = {
     "faiss": set[str](),
     "torch": {
         f"services/trainer/{name}.py"
-        for name in ("cpu_platform", "cpu_rollout", "packed_engine", "token_log_probs", "varlen")
+        for name in ("cpu_platform", "cpu_rollout", "packed_engine", "token_log_probs", "varlen", "verl_trainer")
     },
     "transformers": {"services/trainer/varlen.py"},
 }

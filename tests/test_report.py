@@ -15,7 +15,7 @@ STEPS: list[dict[str, Any]] = [
 
 
 def test_each_part_has_its_mean_its_share_and_its_seconds_per_step() -> None:
-    rows = {label: row for label, *row in time_rows(STEPS, {})}
+    rows = {label: row for label, *row in time_rows(STEPS)}
     assert rows["update"] == [7.0, pytest.approx(14 / 40), [5.0, 9.0]]
     assert rows["whole step"] == [20.0, 1.0, [10.0, 30.0]]
     # A part that not every step has still counts for all of them.
@@ -32,11 +32,11 @@ def test_the_mismatch_is_shown_step_by_step() -> None:
 
 
 def test_a_run_without_timed_steps_has_empty_tables() -> None:
-    assert time_rows([], {}) == []
+    assert time_rows([]) == []
     assert mismatch_rows([]) == []
 
 
 def test_every_part_and_measure_has_a_label() -> None:
-    own = {"generation", "reward", "other", "step", "validation"}
+    own = {"other", "step", "validation"}
     assert {name for name, _ in TIMES} == own | PART_TIMERS.keys()
     assert {name for name, _ in MISMATCHES} == set(MISMATCH)

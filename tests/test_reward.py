@@ -52,10 +52,13 @@ def score(turn: str, hop: int = 1, lost: str = "", measured: dict[str, float] | 
     info = INFO | {"trajectory": json.dumps(trajectory)}
 
     async def compute() -> dict[str, Any]:
+        judging = reward.judging_of_this_loop()
         try:
-            return await reward.compute_score(f"search_biomedical_{hop}", turn, "", info)
+            numbers = await reward.compute_score(f"search_biomedical_{hop}", turn, "", info)
+            late = await asyncio.gather(*judging.late)
+            return late[0][0] if late else numbers
         finally:
-            await reward.judging_of_this_loop().close()
+            await judging.close()
 
     return asyncio.run(compute())
 

@@ -217,28 +217,29 @@ seconds = st.floats(0, 1e4)
 
 
 @given(
-    timers=st.dictionaries(st.sampled_from(sorted(PART_TIMERS.values())), seconds),
-    gen=seconds,
+    timers=st.dictionaries(st.sampled_from(sorted(set(PART_TIMERS.values()) - {"timing_s/reward"})), seconds),
+    waited=st.floats(0, 1),
     rest=seconds,
-    tail=seconds | st.none(),
     testing=seconds | st.none(),
 )
 def test_the_parts_of_a_step_sum_to_it_and_validation_comes_on_top(
-    timers: dict[str, float], gen: float, rest: float, tail: float | None, testing: float | None
+    timers: dict[str, float], waited: float, rest: float, testing: float | None
 ) -> None:
-    verls = timers | {"timing_s/gen": gen, "timing_s/step": sum(timers.values()) + gen + rest}
+    verls = timers | {"timing_s/step": sum(timers.values()) + rest}
+    if "timing_s/adv" in verls:  # verl's timer of the advantage is around ours of the reward
+        verls |= {"timing_s/reward": waited * verls["timing_s/adv"]}
     after = {} if testing is None else {"timing_s/testing": testing}
-    parts = step_times(verls | after, {} if tail is None else {"seconds/reward_tail": tail})
+    parts = step_times(verls | after)
     assert parts.pop("validation", None) == testing
     assert all(value >= 0 for value in parts.values())
     assert sum(parts.values()) == pytest.approx(verls["timing_s/step"])
-    assert parts.get("reward") == (None if tail is None else min(gen, tail))
+    assert parts.get("reward") == verls.get("timing_s/reward")
     assert parts["other"] == pytest.approx(rest, abs=1e-6)
 
 
 def test_what_verl_has_not_timed_is_no_part_of_a_step() -> None:
-    assert step_times({"timing_s/testing": 3.0, "val-core/x": 1.0}, {}) == {}
-    assert step_times({"timing_s/step": 3.0, "timing_s/adv": 1.0}, {}) == {"advantage": 1.0, "other": 2.0}
+    assert step_times({"timing_s/testing": 3.0, "val-core/x": 1.0}) == {}
+    assert step_times({"timing_s/step": 3.0, "timing_s/adv": 1.0}) == {"advantage": 1.0, "other": 2.0}
 
 
 def test_the_mismatch_has_the_measures_that_verl_took() -> None:
@@ -338,12 +339,13 @@ def test_every_number_of_a_step_is_on_the_page(page: httpx.Client) -> None:
 
 
 def test_the_page_shows_where_the_step_went_and_how_far_rollouts_and_training_differ(page: httpx.Client) -> None:
-    verls = {"timing_s/step": 20.0, "timing_s/gen": 12.0, "timing_s/update_actor": 5.0}
+    verls = {"timing_s/step": 20.0, "timing_s/gen": 5.0, "timing_s/update_actor": 5.0}
+    verls |= {"timing_s/adv": 8.0, "timing_s/reward": 7.0}
     measured = {key: float(place) for place, key in enumerate(MISMATCH.values())}
     status.show_step(6, verls | measured, step_metrics([verdict()]))
     shown = series(page)
     parts = {key[1]: value for key, value in shown.items() if key[0] == "drzero_trainer_step_seconds"}
-    assert parts == {"generation": 5.0, "reward": 7.0, "update": 5.0, "other": 3.0}
+    assert parts == {"generation": 5.0, "reward": 7.0, "advantage": 1.0, "update": 5.0, "other": 2.0}
     found = {key[1]: value for key, value in shown.items() if key[0] == "drzero_trainer_mismatch"}
     assert found == {name: float(place) for place, name in enumerate(MISMATCH)}
     helps = {family.name: family.documentation for family in text_string_to_metric_families(page.get("/metrics").text)}

@@ -74,8 +74,13 @@ def test_rollouts_of_a_refused_try_do_not_count(tmp_path: Path) -> None:
     log = tmp_path / "log"
     write_verdicts(log, [verdict(TRAIN, 1, 0) | {"time": 1.0}])
     append_refusal(log, step=1, text="half of it lost")
-    later = [verdict(TRAIN, 1, 0) | {"time": time.time() + 9}, verdict(TRAIN, 2, 0), verdict(HELD_OUT, 1, 0)]
+    now = time.time()
+    again = verdict(TRAIN, 1, 0) | {"began": now + 8, "time": now + 9}
+    # Judged for the refused try, and written after the refusal.
+    late = verdict(TRAIN, 1, 0) | {"began": 1.0, "time": now + 9}
+    later = [again, late, verdict(TRAIN, 2, 0), verdict(HELD_OUT, 1, 0)]
     (log / "verdicts-78.jsonl").write_text("".join(json.dumps(row) + "\n" for row in later))
+    assert read_verdicts(log, TRAIN)[1] == [again]
     assert {step: len(rows) for step, rows in read_verdicts(log, TRAIN).items()} == {1: 1, 2: 1}
     assert len(read_verdicts(log, HELD_OUT)[1]) == 1
 

@@ -9,7 +9,8 @@ import inspect
 import json
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -22,9 +23,11 @@ from hypothesis import strategies as st
 from rollout_world import settings_in_force, verl_config
 
 from services.trainer.advantage import grpo_advantages, hrpo_advantages
+from services.trainer.late_rewards import LateRewards, Rollout
 from services.trainer.outage import read_outage
 from services.trainer.paths import RunPaths, run_paths
-from services.trainer.records import read_refusals
+from services.trainer.records import TRAIN, Verdict, read_refusals, read_verdicts
+from services.trainer.reward import PENDING
 from shared.clients import Unavailable
 
 pytest.importorskip("verl", reason="needs the trainer's packages")
@@ -38,6 +41,7 @@ GOOD = (1.0, True)
 
 Ending = tuple[float, bool] | None  # score and validity of a rollout, None when it fails inside verl
 Endings = Callable[[int, int, int], Ending]  # of try, prompt and session, each from 0
+Judge = Callable[[int, int, int], tuple[float, bool]]  # the verdict on a rollout, for each time it is judged
 
 
 # --- the pieces around the trainer
@@ -94,6 +98,8 @@ class Rollouts:
 
     config: Any
     endings: Endings
+    judge: Judge | None
+    log: Path
     submitted: list[list[str]] = field(default_factory=list)
     seen: list[dict[str, Any]] = field(default_factory=list)
 
@@ -103,7 +109,12 @@ class Rollouts:
         uids = list(batch["uid"])
         self.submitted.append(uids)
         self.seen.append({name: list(batch[name]) for name in ("uid", "data_source", "extra_info", "raw_prompt")})
-        worker = agent_loop_worker(self.config, lambda uid, session: self.endings(number, uids.index(uid), session))
+        made = MadeUp(
+            lambda uid, session: self.endings(number, uids.index(uid), session),
+            self.judge and (lambda uid, session: self.judge(0, uids.index(uid), session)),
+            self.log,
+        )
+        worker = agent_loop_worker(self.config, made)
 
         async def main() -> None:
             await worker.generate_sequences(batch)
@@ -115,7 +126,44 @@ class Rollouts:
             batch.pop(name)
 
 
-def agent_loop_worker(config: Any, ending: Callable[[str, int], Ending]) -> Any:
+@dataclass(frozen=True)
+class MadeUp:
+    """How a rollout ends, and its verdict when that comes late (None: it comes with the rollout)."""
+
+    ending: Callable[[str, int], Ending]
+    judge: Callable[[str, int], tuple[float, bool]] | None
+    log: Path
+
+
+def write_verdict(log: Path, name: str, score: float, valid: bool) -> dict[str, Any]:
+    """What a reward worker appends, as far as the trainer reads it."""
+    row = {"rollout": name, "split": "train", "step": 1, "index": 0, "time": time.time(), "began": time.time()}
+    row |= {"score": score, "valid": float(valid), "invalid_reason": "" if valid else "solver"}
+    with (log / "verdicts-1.jsonl").open("a") as stream:
+        stream.write(json.dumps(row) + "\n")
+    return row
+
+
+class MadeUpRewards(LateRewards):
+    """The real waiting; a rollout that is judged here gets a made-up verdict, and `asked` counts how often."""
+
+    def __init__(self, settings: Any, judge: Judge) -> None:
+        super().__init__(settings)
+        self.made_up = judge
+        self.asked = 0
+
+    def judge(self, rollouts: Mapping[str, Rollout]) -> dict[str, Verdict]:
+        self.asked += 1
+        found = {}
+        for name, rollout in rollouts.items():
+            assert rollout.trajectory["rollout"] == name
+            assert rollout.info["hop"] == int(rollout.data_source[-1])
+            prompt, session = map(int, name.removeprefix("prompt-").split("_"))
+            found[name] = write_verdict(self._log, name, *self.made_up(self.asked, prompt, session))
+        return found
+
+
+def agent_loop_worker(config: Any, made: MadeUp) -> Any:
     """verl's worker without a model: real from the batch to the rows in the queue."""
     from verl.experimental.agent_loop import AgentLoopOutput
     from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopWorkerTQ
@@ -130,8 +178,11 @@ def agent_loop_worker(config: Any, ending: Callable[[str, int], Ending]) -> Any:
             self.background_tasks: set[Any] = set()
 
         async def _run_agent_loop(self, sampling_params: Any, trajectory: Any, *, trace: bool, **prompt: Any) -> None:
-            if ending(prompt["uid"], prompt["session_id"]) is None:
+            name = f"{prompt['uid']}_{prompt['session_id']}"
+            ended = made.ending(prompt["uid"], prompt["session_id"])
+            if ended is None:
                 raise RuntimeError("this rollout fails")
+            trajectory_text = json.dumps({"lost": "" if ended[1] else "search", "rollout": name})
             output = AgentLoopOutput(
                 prompt_ids=[5, 6, 7],
                 response_ids=[8, 9, 10, 11],
@@ -139,14 +190,21 @@ def agent_loop_worker(config: Any, ending: Callable[[str, int], Ending]) -> Any:
                 response_logprobs=[-1.0, 0.0, 0.0, -1.0],
                 num_turns=2,
                 metrics={},
-                extra_fields={"min_global_steps": 0, "max_global_steps": 0, "trajectory": '{"lost": ""}'},
+                extra_fields={"min_global_steps": 0, "max_global_steps": 0, "trajectory": trajectory_text},
             )
             await self._agent_loop_postprocess(output, trajectory["validate"], **prompt)
 
         async def _compute_score(self, outputs: list[Any], kwargs: Any) -> None:
-            score, valid = ending(kwargs["uid"], kwargs["session_id"]) or LOST
-            outputs[-1].reward_score = score
-            outputs[-1].extra_fields["reward_extra_info"] = {"score": score, "valid": float(valid)}
+            uid, session = kwargs["uid"], kwargs["session_id"]
+            score, valid = made.ending(uid, session) or LOST
+            if made.judge is None or not valid:
+                write_verdict(made.log, f"{uid}_{session}", score, valid)
+                notes = {"score": score, "valid": float(valid)}
+            else:
+                write_verdict(made.log, f"{uid}_{session}", *made.judge(uid, session))
+                notes = PENDING
+            outputs[-1].reward_score = notes["score"]
+            outputs[-1].extra_fields["reward_extra_info"] = notes
 
     return Worker()
 
@@ -199,7 +257,12 @@ def stage(queue: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
     monkeypatch.setattr(verl_trainer, "PROBE_S", 0.01)
     with ExitStack() as stack:
 
-        def make(endings: Endings, status: Callable[[str], int] = lambda path: 200, **values: str) -> Stage:
+        def make(
+            endings: Endings,
+            status: Callable[[str], int] = lambda path: 200,
+            judge: Judge | None = None,
+            **values: str,
+        ) -> Stage:
             address = stack.enter_context(health(status))
             given = {
                 "RETRIEVAL__URL": address,
@@ -210,8 +273,9 @@ def stage(queue: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
             }
             made = stack.enter_context(settings_in_force(tmp_path, **(given | values)))
             trainer = verl_trainer.SelfPlayTrainer(verl_config(made, "/models/none"))
-            trainer.global_steps = 1
-            trainer.agent_loop_manager = Rollouts(trainer.config, endings)
+            trainer.global_steps, trainer.timing_raw = 1, {}
+            trainer.agent_loop_manager = Rollouts(trainer.config, endings, judge, run_paths(made).log)
+            trainer._rewards = MadeUpRewards(made, judge or (lambda number, prompt, session: GOOD))
             run_paths(made).log.mkdir(parents=True)
             return Stage(trainer, trainer.agent_loop_manager, run_paths(made))
 
@@ -418,7 +482,7 @@ def test_a_batch_of_one_row_is_read_too(stage: Callable[..., Stage]) -> None:
     batch, _ = here.trainer.replay_buffer._inner.sample(global_steps=1, partition_id="train", batch_size=1)
     rollouts = read_rollouts(batch)
     assert (rollouts.hops, rollouts.rewards, rollouts.valid, rollouts.real) == ([3], [1.0], [True], [True])
-    assert lost_rollouts(batch, expected=2) == {"rollout": 1}
+    assert lost_rollouts(batch, expected=2) == {"failure": 1}
 
 
 @pytest.mark.parametrize("estimator", ["hrpo", "grpo"])
@@ -457,7 +521,72 @@ def test_the_step_logs_how_many_groups_taught_something(stage: Callable[..., Sta
     ours = {name: value for name, value in metrics.items() if name.startswith("drzero/")}
     assert ours == {
         "drzero/groups": 3, "drzero/groups_flat": 2, "drzero/groups_small": 2, "drzero/invalid": 0,
+        "drzero/refused": 0, "drzero/invalid_share": 0,
     }  # fmt: skip
+
+
+# --- rewards that come late
+
+
+def graded(number: int, prompt: int, session: int) -> tuple[float, bool]:
+    """A score of its own for every rollout."""
+    return 0.1 * prompt + 0.3 * session, True
+
+
+def test_rewards_that_come_after_the_batch_are_those_of_the_update(stage: Callable[..., Stage], queue: Any) -> None:
+    here = stage(lambda number, prompt, session: GOOD, judge=graded)
+    batch = padded(here, queue, multiple=5)
+    metrics: dict[str, Any] = {}
+    here.trainer._compute_advantage(batch, metrics)
+    rows = {key: score for key, score in scores(queue, batch).items() if key.startswith("prompt-")}
+    expected = {f"prompt-{p}_{s}_0": graded(0, p, s)[0] for p in range(PROMPTS) for s in range(ROLLOUTS)}
+    assert rows == pytest.approx(expected)
+    assert here.trainer._rewards.asked == 0
+    assert here.trainer.timing_raw["reward"] < 5
+    assert (metrics["drzero/refused"], metrics["drzero/invalid_share"]) == (0, 0)
+
+
+def test_a_batch_whose_attempts_were_lost_is_judged_again_and_not_rolled_out_again(
+    stage: Callable[..., Stage], queue: Any
+) -> None:
+    probes: list[str] = []
+    here = stage(
+        lambda number, prompt, session: GOOD,
+        lambda path: probes.append(path) or 200,
+        judge=lambda time, prompt, session: LOST if time < 2 and prompt < 2 else graded(time, prompt, session),
+    )
+    batch = padded(here, queue, multiple=8)
+    metrics: dict[str, Any] = {}
+    here.trainer._compute_advantage(batch, metrics)
+    assert (metrics["drzero/refused"], metrics["drzero/invalid_share"]) == (2, 0)
+    assert set(probes) == {"/ready", "/health"}
+    assert len(here.rollouts.submitted) == 1
+    assert "50% of its rollouts were lost (4 by solver)" in read_refusals(here.paths.log)[0]["text"]
+    # What counts in the end is one verdict for each rollout, the last one.
+    verdicts = read_verdicts(here.paths.log, TRAIN)[1]
+    assert len({v["rollout"] for v in verdicts}) == len(verdicts) == PROMPTS * ROLLOUTS
+    assert all(v["valid"] for v in verdicts)
+
+
+def test_training_stops_when_the_attempts_are_lost_again_and_again(stage: Callable[..., Stage], queue: Any) -> None:
+    here = stage(lambda number, prompt, session: GOOD, judge=lambda *_: LOST, TRAINER__MAX_REFUSALS="2")
+    with pytest.raises(Unavailable, match=r"step 1 refused: 100% .* 3 times in a row"):
+        here.trainer._compute_advantage(padded(here, queue, multiple=8), {})
+    assert "3 times in a row" in (read_outage(here.paths.outage) or "")
+
+
+def test_rollouts_lost_before_and_after_they_were_generated_are_added_up(
+    stage: Callable[..., Stage], queue: Any
+) -> None:
+    here = stage(
+        lambda number, prompt, session: LOST if (prompt, session) == (0, 0) else GOOD,
+        judge=lambda time, prompt, session: LOST if time == 0 and prompt in (1, 2) else GOOD,
+    )
+    batch = padded(here, queue, multiple=8)
+    metrics: dict[str, Any] = {}
+    here.trainer._compute_advantage(batch, metrics)
+    assert "62% of its rollouts were lost (" in read_refusals(here.paths.log)[0]["text"]
+    assert metrics["drzero/refused"] == 1
 
 
 @given(rows=st.lists(st.tuples(st.lists(st.integers(0, 1), min_size=1, max_size=6), st.floats(-3, 3), st.booleans())

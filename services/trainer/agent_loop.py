@@ -15,6 +15,7 @@ The sampled token ids are the ones that are trained on: verl merges ids, text is
 import asyncio
 import json
 import time
+import uuid
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
@@ -70,6 +71,7 @@ class SearchAgentLoop(ToolAgentLoop):  # type: ignore[misc]
             # A rollout without a turn has none from the engine, and verl counts with them.
             output.extra_fields.setdefault(bound, max(0, step - 1))
         trajectory = {
+            "rollout": uuid.uuid4().hex,
             "step": step,
             "turns": self._turns,
             "searches": self._searches,

@@ -2,6 +2,9 @@
 
 Each reward worker appends to a file of its own, each attempt of verl to another metrics file. A last line that a kill
 has cut off is skipped. Before a resume, `compact` drops the verdicts of steps that will be repeated.
+
+A verdict names its `rollout` and when judging it `began`. A step that is refused is judged again, and what had begun
+before no longer counts, however late it is written.
 """
 
 import json
@@ -16,9 +19,10 @@ from typing import Any
 from shared.files import write_atomically
 
 Verdict = dict[str, Any]
-NOT_PARTS = frozenset({"time", "generated", "step", "index", "hop"})
+NOT_PARTS = frozenset({"time", "began", "generated", "step", "index", "hop"})
 TRAIN, HELD_OUT = "train", "held_out"
 REFUSALS = "refusals.jsonl"
+DEFECTS = "defects.jsonl"
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -35,10 +39,41 @@ def read_verdicts(log: Path, split: str) -> dict[int, list[Verdict]]:
     refused = {refusal["step"]: refusal["time"] for refusal in read_refusals(log)}
     for path in sorted(log.glob("verdicts-*.jsonl")):
         for verdict in read_lines(path):
-            again = split == TRAIN and verdict["time"] <= refused.get(verdict["step"], 0.0)
+            again = split == TRAIN and verdict.get("began", verdict["time"]) <= refused.get(verdict["step"], 0.0)
             if verdict["split"] == split and not again:
                 by_step[verdict["step"]].append(verdict)
     return {step: sorted(by_step[step], key=lambda v: (v["index"], v["time"])) for step in sorted(by_step)}
+
+
+class VerdictTail:
+    """The verdicts of a run as they are written, each once."""
+
+    def __init__(self, log: Path) -> None:
+        self._log = log
+        self._read: dict[Path, int] = defaultdict(int)
+
+    def new(self) -> Iterator[Verdict]:
+        """What has been written since the last call, file by file."""
+        for path in sorted(self._log.glob("verdicts-*.jsonl")):
+            with path.open("rb") as stream:
+                stream.seek(self._read[path])
+                for line in stream:
+                    if not line.endswith(b"\n"):
+                        break
+                    self._read[path] += len(line)
+                    yield json.loads(line)
+
+
+def append_defect(log: Path, text: str) -> None:
+    """Write down why a rollout could not be judged at all, for the trainer that waits for its verdict."""
+    with (log / DEFECTS).open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps({"time": time.time(), "text": text}, ensure_ascii=False) + "\n")
+
+
+def first_defect(log: Path) -> str | None:
+    """What the first rollout met that could not be judged, or None."""
+    path = log / DEFECTS
+    return next((line["text"] for line in read_lines(path)), None) if path.is_file() else None
 
 
 def append_refusal(log: Path, *, step: int, text: str) -> None:
@@ -59,6 +94,7 @@ def compact(log: Path, *, through: int, validation_stands: Callable[[list[Verdic
     kept = [v for step, rows in read_verdicts(log, TRAIN).items() if step <= through for v in rows]
     validations = read_verdicts(log, HELD_OUT).items()
     kept += [v for step, rows in validations if step <= through and validation_stands(rows) for v in rows]
+    (log / DEFECTS).unlink(missing_ok=True)
     old = list(log.glob("verdicts-*.jsonl"))
     lines = "".join(json.dumps(verdict, ensure_ascii=False) + "\n" for verdict in kept)
     write_atomically(log / "kept.jsonl", lines)

@@ -148,11 +148,9 @@ def learning_curves(metrics: Sequence[dict[str, Any]]) -> tuple[list[int], dict[
     return [m["step"] for m in rows], {label: [m[key] for m in rows] for key, label in keys if rows and key in rows[0]}
 
 
-def time_rows(
-    timed: Sequence[dict[str, Any]], steps: dict[int, list[Verdict]]
-) -> list[tuple[str, float, float, list[float | None]]]:
+def time_rows(timed: Sequence[dict[str, Any]]) -> list[tuple[str, float, float, list[float | None]]]:
     """Of each part of a step that was timed: label, mean seconds, share of the steps' time, seconds per step."""
-    parts = [step_times(m, step_metrics(steps.get(m["step"], []))) | {"step": m["timing_s/step"]} for m in timed]
+    parts = [step_times(m) | {"step": m["timing_s/step"]} for m in timed]
     whole = sum(part["step"] for part in parts)
     rows = []
     for name, label in TIMES:

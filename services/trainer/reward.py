@@ -1,7 +1,9 @@
 """The reward as verl calls it, rollout by rollout while others still run, and as a batch for other callers.
 
 `compute_score` is verl's streaming entry: the moment a rollout ends, its question goes to the solver service for its
-attempts, `judge.py` puts the parts together, and the verdict is appended to the run's log as one JSON line.
+attempts, `judge.py` puts the parts together, and the verdict is appended to the run's log as one JSON line. In training
+verl is not kept waiting for that: it gets `PENDING`, and the trainer collects the verdicts when it has nothing else to
+do (`late_rewards.py`).
 `compute_biomedical_challenger_score_batch` does the same for a list of responses. A service that stays away makes a
 rollout invalid, never wrong; what then happens to the batch is decided in `verl_trainer.py`.
 """
@@ -12,13 +14,14 @@ import json
 import os
 import re
 import time
+import traceback
 from collections import Counter
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from services.trainer.attempts import Attempts
 from services.trainer.biomedical import likeness, reasoning_type
@@ -28,7 +31,7 @@ from services.trainer.matching import normalise
 from services.trainer.paths import RunPaths, run_paths
 from services.trainer.protocol import SOURCE, example_questions
 from services.trainer.recent import RecentQuestions
-from services.trainer.records import TRAIN
+from services.trainer.records import TRAIN, Verdict, append_defect
 from services.trainer.scores import Proposal
 from services.trainer.tokens import Tokens
 from shared.balance import addresses_in
@@ -45,9 +48,12 @@ COPIED = 0.8  # likeness to a worked example's question above which it is that q
 PMID_SHOWN = re.compile(r"\bPMID (\d{1,9}):")
 
 # What `agent_loop.py` measures; responses that others have made lack it.
-MEASURED = ("seconds_generating", "seconds_searching", "generated")
+MEASURED = ("rollout", "seconds_generating", "seconds_searching", "generated")
+PENDING = {"score": 0.0, "valid": 1.0}  # until the verdict is there
 
+T = TypeVar("T")
 Scores = list[dict[str, float]]
+Scored = tuple[dict[str, float], Verdict]  # the numbers that verl keeps, and the whole verdict for the log
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +66,7 @@ class Judging:
     search: SearchClient
     attempts: Attempts
     recent: RecentQuestions
+    late: set[asyncio.Task[Scored]] = field(default_factory=set)  # asyncio itself keeps none alive
 
     async def close(self) -> None:
         """Close the connections."""
@@ -70,13 +77,33 @@ class Judging:
 async def compute_score(
     data_source: str, solution_str: str, ground_truth: str, extra_info: dict[str, Any], **_: Any
 ) -> dict[str, float]:
-    """Score one rollout of `agent_loop.py`; the numbers of the result become verl's metrics of a validation."""
+    """Score one rollout of `agent_loop.py`; the numbers of the result become verl's metrics of a validation.
+
+    A training rollout that is not lost is scored behind the caller's back, who gets PENDING.
+    """
     judging = judging_of_this_loop()
     trajectory = json.loads(extra_info["trajectory"])
-    proposal = read_proposal(trajectory, hop=hop_of(data_source), info=extra_info)
-    numbers, verdict = await score_proposal(proposal, trajectory, extra_info, judging)
+    scoring = score_and_log(data_source, trajectory, extra_info, judging)
+    if extra_info.get("split", TRAIN) != TRAIN or trajectory.get("lost", ""):
+        return (await scoring)[0]
+    task = asyncio.create_task(scoring)
+    judging.late.add(task)
+    task.add_done_callback(partial(_settle, judging))
+    return PENDING
+
+
+async def score_and_log(data_source: str, trajectory: dict[str, Any], info: dict[str, Any], judging: Judging) -> Scored:
+    """`score_proposal` of one rollout, whose verdict is in the log then."""
+    proposal = read_proposal(trajectory, hop=hop_of(data_source), info=info)
+    numbers, verdict = await score_proposal(proposal, trajectory, info, judging)
     append_verdict(judging.paths.log, verdict)
-    return numbers
+    return numbers, verdict
+
+
+def _settle(judging: Judging, task: asyncio.Task[Scored]) -> None:
+    judging.late.discard(task)
+    if not task.cancelled() and (error := task.exception()):  # nobody awaits it, so the trainer has to be told
+        append_defect(judging.paths.log, "".join(traceback.format_exception(error)))
 
 
 def compute_biomedical_challenger_score_batch(
@@ -124,7 +151,7 @@ def compute_biomedical_challenger_score_batch(
     return in_own_loop(score_all())
 
 
-def in_own_loop(work: Coroutine[Any, Any, Scores]) -> Scores:
+def in_own_loop(work: Coroutine[Any, Any, T]) -> T:
     """The result of `work`, also where the caller has a running event loop, as a notebook does."""
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(asyncio.run, work).result()
@@ -132,22 +159,23 @@ def in_own_loop(work: Coroutine[Any, Any, Scores]) -> Scores:
 
 async def score_proposal(
     proposal: Proposal, trajectory: dict[str, Any], info: dict[str, Any], judging: Judging
-) -> tuple[dict[str, float], dict[str, Any]]:
-    """The numbers that verl keeps, and the whole verdict for the log."""
+) -> Scored:
+    """Judge a proposal, after its attempts."""
     reward, step = judging.settings.trainer.reward, int(trajectory.get("step", 0))
     split, lost = info.get("split", TRAIN), trajectory.get("lost", "")
     # Held-out rollouts keep the form of the settings, so that before and after can be compared.
     form = form_at(step, reward, judging.paths.gate) if split == TRAIN else reward.format_form
     recent = judging.recent.before(step, reward.biomedical.novelty_window)
-    began = time.monotonic()
+    began, since = time.time(), time.monotonic()
     attempts: list[Attempt] = []
     if not lost and worth_attempting(proposal, form, reward):
         seeds = attempt_seeds(judging.settings.trainer.seed, step, proposal.question, reward.attempts)
         attempts = await judging.attempts.answer(proposal.question, seeds)
     around = Surroundings(form, recent, corpus_has(judging.paths.corpus))
     numbers = judge(proposal, attempts, reward, around, lost=lost)
-    verdict = {
+    verdict: Verdict = {
         "time": time.time(),
+        "began": began,
         "split": split,
         "step": step,
         "index": int(info.get("index", 0)),
@@ -161,7 +189,7 @@ async def score_proposal(
         "invalid_reason": invalid_reason(attempts, bool(numbers["valid"]), lost),
         "reasoning_type": reasoning_type(proposal.question),
         "calls_broken": Counter(call.broken for turn in proposal.turns for call in search_calls(turn) if call.broken),
-        "seconds_attempts": time.monotonic() - began,
+        "seconds_attempts": time.monotonic() - since,
         "trained_tokens": trajectory.get("trained_tokens", 0),
         **{name: trajectory[name] for name in MEASURED if name in trajectory},
         **numbers,

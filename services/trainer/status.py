@@ -100,7 +100,7 @@ def show_step(
     STEP.set(step)
     HEALTH["step"] = step
     metrics = {name: math.nan if value is None else value for name, value in verls.items()}
-    for gauge, numbers in ((METRIC, metrics), (STEP_SECONDS, step_times(metrics, ours)), (MISMATCH, mismatch(metrics))):
+    for gauge, numbers in ((METRIC, metrics), (STEP_SECONDS, step_times(metrics)), (MISMATCH, mismatch(metrics))):
         replace(gauge, {(name,): value for name, value in numbers.items()})
     families: dict[Gauge, dict[tuple[str, ...], float]] = {gauge: {} for gauge in FAMILIES}
     for name, value in ours.items():

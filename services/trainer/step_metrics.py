@@ -21,6 +21,8 @@ from services.trainer.records import Verdict, valid_only
 PARTS = frozenset({"score", "format", "difficulty", "bonus", "citations", "genes", "reasoning", "novelty"})
 REWARD_TAIL = "seconds/reward_tail"
 PART_TIMERS = {
+    "generation": "timing_s/gen",
+    "reward": "timing_s/reward",
     "log_probs": "timing_s/old_log_prob",
     "advantage": "timing_s/adv",
     "update": "timing_s/update_actor",
@@ -93,7 +95,7 @@ def times(verdicts: Sequence[Verdict]) -> dict[str, float]:
 
 
 def reward_tail(verdicts: Sequence[Verdict]) -> dict[str, float]:
-    """How long the last verdict came after the last rollout was generated: what the reward adds to generation.
+    """How long the last verdict came after the last rollout was generated; log-probabilities are computed meanwhile.
 
     {} when no verdict says when its rollout was generated.
     """
@@ -104,19 +106,18 @@ def reward_tail(verdicts: Sequence[Verdict]) -> dict[str, float]:
     return {REWARD_TAIL: max(0.0, judged - generated)}
 
 
-def step_times(verls: Mapping[str, float], ours: Mapping[str, float]) -> dict[str, float]:
-    """Seconds of a step by part, from verl's metrics and `step_metrics`; {} when verl has timed no step.
+def step_times(verls: Mapping[str, float]) -> dict[str, float]:
+    """Seconds of a step by part, from verl's metrics; {} when verl has timed no step.
 
-    verl's `gen` ends with the last verdict; its tail, where it is known, is `reward`, the rest `generation`, searches
-    among it. `other` is what nothing else accounts for. All these sum to the step; `validation` comes after it.
+    `generation` ends with the last rollout, searches among it; `reward` is what the trainer then waits for verdicts, in
+    verl's timer of the advantage. `other` is what nothing else accounts for. All sum to the step; `validation` comes
+    after it.
     """
     if "timing_s/step" not in verls:
         return {}
     seconds = {part: verls[timer] for part, timer in PART_TIMERS.items() if timer in verls}
-    if "timing_s/gen" in verls:
-        whole = verls["timing_s/gen"]
-        tail = {"reward": min(ours[REWARD_TAIL], whole)} if REWARD_TAIL in ours else {}
-        seconds = {"generation": whole - sum(tail.values()), **tail, **seconds}
+    if "reward" in seconds and "advantage" in seconds:
+        seconds["advantage"] = max(0.0, seconds["advantage"] - seconds["reward"])
     seconds["other"] = max(0.0, verls["timing_s/step"] - sum(seconds.values()))
     if "timing_s/testing" in verls:
         seconds["validation"] = verls["timing_s/testing"]

@@ -1,11 +1,12 @@
 """verl's synchronous trainer with what self-play needs: hops in the advantage, lost rollouts out of the update.
 
-Registered as `trainer.v1.trainer_mode=drzero`. Three things differ from verl's own class:
+Registered as `trainer.v1.trainer_mode=drzero`. Four things differ from verl's own class:
 
 - Advantages come from `advantage.py`, with hop and validity of each rollout; invalid ones are masked out of the loss.
+- Rewards are waited for when log-probabilities are there (`late_rewards.py`).
 - A batch of which services lost more than `trainer.max_invalid_share` is refused before the weights see it: the trainer
-  waits until search and solver are healthy, then rolls the same prompts out again. Rollouts that verl itself dropped
-  count as lost.
+  waits until search and solver are healthy, then rolls the same prompts out again, or has the same rollouts judged
+  again where only the solver's attempts were lost. Rollouts that verl itself dropped count as lost.
 - What the advantage was made of is logged as `drzero/…` beside verl's metrics.
 """
 
@@ -14,22 +15,28 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+import torch
 import transfer_queue as tq
 from tensordict import TensorDict
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+from verl.utils import tensordict_utils
+from verl.utils.debug import marked_timer
 
 from services.trainer.advantage import flat_groups, grpo_advantages, hrpo_advantages
 from services.trainer.early_workers import EarlyWorkers
+from services.trainer.late_rewards import LateRewards, Rollout
 from services.trainer.outage import noting_outage
 from services.trainer.paths import run_paths
 from services.trainer.protocol import DEADLINE, TRAINER
-from services.trainer.records import TRAIN, append_refusal, read_verdicts
+from services.trainer.records import Verdict, append_refusal
 from services.trainer.reward import hop_of
 from shared.balance import addresses_in
 from shared.clients import Unavailable
@@ -38,6 +45,7 @@ from shared.settings import Settings, TrainerSettings, load_settings
 
 PARTITION = "train"
 PROBE_S = 1.0
+POLL_S = 0.2  # between looks for the last rollout of a batch; verl's own 2 s are idle time of every step
 NOTHING_CAME_BACK = "no materializable trajectories"  # in what verl raises when every rollout of a batch failed
 
 
@@ -59,7 +67,10 @@ class SelfPlayTrainer(PPOTrainerSync):  # type: ignore[misc]
     def _build_replay_buffer(self) -> "CheckedBuffer":
         self.trainer_mode = "sync"  # to verl's code this is the synchronous mode; only the class differs
         self._settings = load_settings()
-        return CheckedBuffer(super()._build_replay_buffer(), self._again, self._settings)
+        self._rewards = LateRewards(self._settings)
+        buffer = super()._build_replay_buffer()
+        buffer.poll_interval = POLL_S
+        return CheckedBuffer(buffer, self._again, self._settings)
 
     def init(self) -> None:
         """verl's own start, for which services may still be loading their models; over when they are ready too."""
@@ -89,12 +100,32 @@ class SelfPlayTrainer(PPOTrainerSync):  # type: ignore[misc]
         self._submit_batch_to_rollout(self._submitted)
 
     def _compute_advantage(self, batch: Any, metrics: dict[str, Any]) -> Any:
+        with marked_timer("reward", self.timing_raw):
+            metrics.update(self._settle_rewards(batch, already=int(metrics.get("drzero/refused", 0))))
         batch = super()._compute_advantage(batch, metrics)
         rollouts = read_rollouts(batch)
         advantages = batch_advantages(rollouts, self._settings.trainer)
         metrics.update(advantage_metrics(rollouts, advantages, self._settings.trainer))
         write_advantages(batch, advantages, rollouts.valid)
         return batch
+
+    def _settle_rewards(self, batch: Any, *, already: int) -> dict[str, float]:
+        """Put the rewards into a batch that has been refused `already` times, as soon as they are there."""
+        trainer = self._settings.trainer
+        rows = rollouts_of(batch)
+        rollouts = dict(rows.values())
+        verdicts = self._rewards.wait(rollouts)
+        expected = trainer.prompts_per_step * trainer.rollouts_per_prompt
+        refused = 0
+        while True:
+            write_rewards(batch, {row: verdicts[name] for row, (name, _) in rows.items()})
+            reasons = Counter(v["invalid_reason"] for v in verdicts.values() if not v["valid"])
+            share = 1 - sum(read_rollouts(batch).valid) / expected
+            if may_train(share, trainer):
+                return {"drzero/refused": already + refused, "drzero/invalid_share": share}
+            refused += 1
+            refuse(self._settings, self.global_steps, reasons, share, already + refused)
+            verdicts = self._rewards.judge(rollouts)
 
 
 class CheckedBuffer:
@@ -122,40 +153,42 @@ class CheckedBuffer:
             reasons = lost_rollouts(batch, expected=batch_size * trainer.rollouts_per_prompt)
             self.abandoned |= reasons[DEADLINE] > 0
             share = reasons.total() / (batch_size * trainer.rollouts_per_prompt)
-            # A batch without any judged rollout has nothing to divide the loss by, whatever the settings allow.
-            if share <= trainer.max_invalid_share and share < 1:
+            if may_train(share, trainer):
                 return batch, metrics | {"drzero/refused": refused, "drzero/invalid_share": share}
             refused += 1
-            self._refuse(global_steps, reasons, share, refused)
-
-    def _refuse(self, step: int, reasons: Counter[str], share: float, refused: int) -> None:
-        trainer, paths = self._settings.trainer, run_paths(self._settings)
-        told = Counter(v["invalid_reason"] for v in read_verdicts(paths.log, TRAIN).get(step, []) if not v["valid"])
-        told["failure"] += reasons["rollout"]
-        why = ", ".join(f"{count} by {reason}" for reason, count in (+told).items())
-        text = f"step {step} refused: {share:.0%} of its rollouts were lost ({why})"
-        append_refusal(paths.log, step=step, text=text)
-        if refused > trainer.max_refusals:
-            with noting_outage():
-                raise Unavailable("rollouts", f"{text}, {refused} times in a row")
-        wait_for_health(self._settings, text, patience=trainer.patience_s)
-        left = tq.kv_list(PARTITION) or {}
-        tq.kv_clear(partition_id=PARTITION, keys=list(left.get(PARTITION, {})))
-        self._again()
+            refuse(self._settings, global_steps, reasons, share, refused)
+            left = tq.kv_list(PARTITION) or {}
+            tq.kv_clear(partition_id=PARTITION, keys=list(left.get(PARTITION, {})))
+            self._again()
 
 
 def lost_rollouts(batch: Any, *, expected: int) -> Counter[str]:
-    """Lost rollouts of a batch by reason; those that never came back count as `rollout`."""
+    """Rollouts of a batch that were lost while they were generated, by what they were lost to."""
     if batch is None:
-        return Counter(rollout=expected)
+        return Counter(failure=expected)
     extras = fetch(batch, "extra_fields")
-    reasons = Counter(lost_to(extra) for extra in extras if not reward_notes(extra)["valid"])
-    return reasons + Counter(rollout=max(0, expected - len(extras)))
+    reasons = Counter(json.loads(extra["trajectory"])["lost"] for extra in extras if not reward_notes(extra)["valid"])
+    return reasons + Counter(failure=max(0, expected - len(extras)))
 
 
-def lost_to(extra: Any) -> str:
-    """`deadline` for an invalid rollout that its deadline ended, `invalid` for any other."""
-    return DEADLINE if json.loads(extra["trajectory"])["lost"] == DEADLINE else "invalid"
+def may_train(share: float, trainer: TrainerSettings) -> bool:
+    """Whether a batch may be trained on of which `share` was lost."""
+    # Without any judged rollout there is nothing to divide the loss by, whatever the settings allow.
+    return share <= trainer.max_invalid_share and share < 1
+
+
+def refuse(settings: Settings, step: int, reasons: Counter[str], share: float, refused: int) -> None:
+    """Write down that a try of a step no longer counts, the `refused`th; returns when the services are healthy.
+
+    Unavailable when it is one refusal too many, or when a service stays away.
+    """
+    why = ", ".join(f"{count} by {reason}" for reason, count in (+reasons).items())
+    text = f"step {step} refused: {share:.0%} of its rollouts were lost ({why})"
+    append_refusal(run_paths(settings).log, step=step, text=text)
+    if refused > settings.trainer.max_refusals:
+        with noting_outage():
+            raise Unavailable("rollouts", f"{text}, {refused} times in a row")
+    wait_for_health(settings, text, patience=settings.trainer.patience_s)
 
 
 def wait_for_health(settings: Settings, reason: str, *, patience: float) -> None:
@@ -199,6 +232,39 @@ def read_rollouts(batch: Any) -> Rollouts:
         valid=[bool(note["valid"]) and ok for note, ok in zip(notes, real, strict=True)],
         real=real,
     )
+
+
+def rollouts_of(batch: Any) -> dict[int, tuple[str, Rollout]]:
+    """Name and rollout of each row that is no padding, by row."""
+    extras, sources, infos = (fetch(batch, name) for name in ("extra_fields", "data_source", "extra_info"))
+    found = {}
+    for row, (extra, tag) in enumerate(zip(extras, batch.tags, strict=True)):
+        if not tag.get("is_padding", False):
+            trajectory = json.loads(extra["trajectory"])
+            found[row] = (trajectory["rollout"], Rollout(str(sources[row]), trajectory, dict(infos[row])))
+    return found
+
+
+def write_rewards(batch: Any, verdicts: Mapping[int, Verdict]) -> None:
+    """Give rows their rewards, at the last token as verl does, and their notes."""
+    if not verdicts:
+        return
+    extras = fetch(batch, "extra_fields")
+    data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["rm_scores"])
+    scores = [row.clone() for row in data["rm_scores"].unbind()]
+    for row, verdict in verdicts.items():
+        scores[row][-1] = verdict["score"]
+        extras[row] = extras[row] | {"reward_extra_info": {name: float(verdict[name]) for name in ("score", "valid")}}
+    nested = torch.nested.as_nested_tensor(scores, layout=torch.jagged)
+    fields = tensordict_utils.get_tensordict({"rm_scores": nested, "extra_fields": objects(extras)})
+    tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=fields)
+
+
+def objects(values: Sequence[Any]) -> npt.NDArray[np.object_]:
+    """An array of objects, which numpy would otherwise look into."""
+    made = np.empty(len(values), dtype=object)
+    made[:] = values
+    return made
 
 
 def fetch(batch: Any, field: str) -> list[Any]:
@@ -248,7 +314,6 @@ def write_advantages(batch: Any, advantages: Sequence[float], valid: Sequence[bo
 
 def loss_fields(response_mask: Any, advantages: Sequence[float], valid: Sequence[bool]) -> dict[str, Any]:
     """What verl's loss reads, from the jagged mask of sampled tokens: advantages and the two masks it knows."""
-    import torch
     from verl.workers.utils.padding import response_to_nested
 
     mask = response_mask.to_padded_tensor(padding=0)
