@@ -109,7 +109,7 @@ def render(settings: Settings, paths: RunPaths) -> str:
         loss_plot=plot(*learning_curves(metrics), "step", ""),
         samples=[sample(v, corpus) for v in best(rollouts)],
         stages=stage_times(paths),
-        times=time_rows(timed, steps),
+        times=time_rows(timed),
         mismatches=mismatch_rows(timed),
         step_numbers=[m["step"] for m in timed],
         settings=settings.model_dump(mode="json"),
