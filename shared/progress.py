@@ -58,7 +58,12 @@ class Progress:
             self._logged = time.monotonic()
             rate = self.done / (self._logged - self._started)
             structlog.get_logger().info(
-                f"{self.stage} goes on", done=self.done, total=self.total, unit=self._unit, per_second=round(rate, 1)
+                f"{self.stage} goes on",
+                done=self.done,
+                total=self.total,
+                unit=self._unit,
+                per_second=round(rate, 1),
+                seconds_left=round((self.total - self.done) / rate) if self.total and rate else None,
             )
 
     def _publish(self) -> None:

@@ -58,10 +58,17 @@ PAPER_FIELDS = tuple(field.name for field in fields(Paper))
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """One search result: the paper and the inner product of the two unit vectors, in [-1, 1]."""
+    """One search result; results of a query are ordered by `score`, the best first.
+
+    `dense` is the inner product of the two unit vectors, in [-1, 1], `bm25` the score by words; None where the search
+    did not compute it. `score` is one of them or their fusion (`retrieval.mode`), or what a reranker says.
+    """
 
     paper: Paper
     score: float
+    dense: float | None = None
+    bm25: float | None = None
+    highlight: str = ""  # the sentence of the abstract that fits best, when asked for
 
 
 @dataclass(frozen=True, slots=True)

@@ -128,16 +128,35 @@ class EncoderSettings(Section):
     pooling: Literal["mean", "cls"] = Field("mean", description="How token vectors become one; part of the model.")
     max_tokens: int = Field(256, ge=8, le=8192, description="Longer texts are cut to this many tokens.")
     batch_size: Count = Field(
-        64, description="Texts of max_tokens per forward pass; on a GPU more of shorter ones, up to as many tokens."
+        64,
+        description="Texts of max_tokens per forward pass; on a GPU more of shorter ones, up to as many tokens; on a "
+        "CPU fewer, as many as its cache likes.",
     )
     device: str = Field("auto", description="`auto` takes a GPU when there is one; or `cpu`, `cuda`, `cuda:1`.")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Precision of the forward pass.")
-    threads: int = Field(0, ge=0, description="CPU threads of the encoder; 0 lets torch decide.")
+    runtime: Literal["auto", "torch", "openvino"] = Field(
+        "auto", description="`auto`: torch on a GPU; on a CPU the faster of the two, measured when the index is built."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="Precision of papers' vectors; `auto` is bfloat16 where the processor multiplies in it, else "
+        "float32. Queries are always encoded in float32, so that every machine finds the same.",
+    )
+    threads: int = Field(0, ge=0, description="CPU threads of encoder and index; 0 is one per core.")
 
 
 class IndexSettings(Section):
-    """Where the vectors are searched."""
+    """Which form the vectors are kept in, and where they are searched."""
 
+    kind: Literal["auto", "flat", "hnsw", "ivf_sq", "ivf_pq"] = Field(
+        "auto", description="`flat` is exact; the others find most of it in less time or memory; `auto` goes by size."
+    )
+    hnsw_m: int = Field(16, ge=4, le=64, description="Neighbours of a vector in the graph of hnsw.")
+    hnsw_ef: Count = Field(128, description="Vectors that a search of hnsw keeps in view; more find more, slower.")
+    lists: Count | None = Field(
+        None, description="Lists of ivf_sq and ivf_pq; none: four times the square root of rows."
+    )
+    probes: Count = Field(32, description="Lists that a search of ivf_sq and ivf_pq reads; more find more, slower.")
+    pq_bytes: Count = Field(64, description="Bytes of a vector in ivf_pq; must divide the vector's length.")
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto",
         description="`cuda` is GPUs with room for the vectors in float16, else the CPU; `auto` is as the encoder.",
@@ -158,11 +177,29 @@ class RetrievalSettings(Section):
     )
     encoder: EncoderSettings = EncoderSettings()
     index: IndexSettings = IndexSettings()
+    mode: Literal["dense", "bm25", "hybrid"] = Field(
+        "hybrid", description="Search by vectors, by words, or by both, when a request names none."
+    )
+    fusion: Literal["scores", "ranks"] = Field(
+        "scores", description="How hybrid makes one ranking of two: a sum of relative scores, or of reciprocal ranks."
+    )
+    dense_share: float = Field(0.5, ge=0, le=1, description="Weight of the vectors in hybrid; the words have the rest.")
+    candidates: Count = Field(50, description="Papers of each ranking that hybrid looks at, at least.")
+    rerank_model: str | None = Field(
+        None, description="Cross-encoder (Hugging Face id or folder) for requests with `rerank`; none refuses them."
+    )
+    rerank_candidates: Count = Field(20, description="Papers that a cross-encoder reads per query.")
     top_k: Count = Field(3, description="Papers per query when a request names no number.")
     top_k_max: Count = Field(100, description="Largest number of papers per query that is accepted.")
     max_queries: Count = Field(512, description="Most queries in one request.")
     max_query_chars: Count = Field(2000, description="Longest query, in characters.")
     queue_queries: Count = Field(2048, description="Most queries that wait for the search thread; more get a 503.")
+    deadline_s: Seconds = Field(30.0, description="A request that has waited longer is answered with 503, in seconds.")
+    watch_s: float = Field(
+        5.0, ge=0, description="Seconds between looks for a newly published index, which is then taken up; 0 is never."
+    )
+    cache: bool = Field(True, description="Keep results of queries in Redis, when there is one.")
+    cache_ttl_s: Count = Field(86_400, description="How long Redis keeps a result, in seconds.")
 
 
 LARGEST_GRAPH = 256  # the largest batch that SGLang would capture by itself on a card of 80 GB

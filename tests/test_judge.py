@@ -90,7 +90,15 @@ def test_the_gate_cannot_be_bypassed_by_a_bonus() -> None:
     leaked = Proposal((TURN.replace("How does", "How does AMPK activation by"),), 1, 0, 0, PROPOSAL.evidence, ("7",))
     verdict = judge(leaked, [], settings(variant="biomedical"), AROUND)
     assert (verdict["citations"], verdict["score"]) == (1, 0)
-    assert not worth_attempting(leaked, "gated", settings(variant="biomedical"))
+
+
+@pytest.mark.parametrize("variant", ["paper", "biomedical"])
+def test_a_question_that_holds_its_answer_is_not_attempted(variant: str) -> None:
+    # In a training of 60 steps, 38 of the 57 questions that were paid a difficulty held their answer.
+    turn = "<think>x</think><question>Which disease causes type 2 diabetes?</question><answer>Diabetes</answer>"
+    leaked = Proposal((turn,), 1, 0, 0, "Diabetes is a disease.", ("7",))
+    assert not worth_attempting(leaked, settings(variant=variant))
+    assert worth_attempting(PROPOSAL, settings(variant=variant))
 
 
 @pytest.mark.parametrize("form", ["graded", "gated"])
@@ -98,8 +106,8 @@ def test_the_gate_cannot_be_bypassed_by_a_bonus() -> None:
 def test_a_worked_examples_question_is_not_attempted_and_earns_nothing_for_itself(form: str, variant: str) -> None:
     chosen, around = settings(variant=variant), replace(AROUND, form=form)
     own, copied = PROPOSAL, replace(PROPOSAL, copied=True)
-    assert worth_attempting(own, form, chosen)
-    assert not worth_attempting(copied, form, chosen)
+    assert worth_attempting(own, chosen)
+    assert not worth_attempting(copied, chosen)
     verdict = judge(copied, [], chosen, around)
     assert verdict["copied"] == 1
     assert [verdict[f"format_{part}"] for part in ("integrity", "question", "answer", "answer_given")] == [0, 0, 0, 0]
@@ -108,9 +116,9 @@ def test_a_worked_examples_question_is_not_attempted_and_earns_nothing_for_itsel
 
 def test_the_biomedical_variant_pays_difficulty_only_for_answers_that_were_read() -> None:
     guessed = replace(PROPOSAL, evidence="It lowers blood glucose.")
-    assert worth_attempting(guessed, "graded", settings())
-    assert not worth_attempting(guessed, "graded", settings(variant="biomedical"))
-    assert worth_attempting(guessed, "graded", settings(variant="biomedical", biomedical={"grounded": False}))
+    assert worth_attempting(guessed, settings())
+    assert not worth_attempting(guessed, settings(variant="biomedical"))
+    assert worth_attempting(guessed, settings(variant="biomedical", biomedical={"grounded": False}))
 
 
 def test_a_synonym_counts_in_the_biomedical_variant_and_exact_match_is_still_reported() -> None:

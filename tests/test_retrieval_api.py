@@ -3,7 +3,6 @@
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +10,26 @@ import httpx
 import pytest
 import structlog
 from corpora import publish_corpus
-from retrieval_world import PAPERS, needs_minilm, serving, settings_for
+from retrieval_world import (
+    PAPERS,
+    SlowSearcher,
+    WordSearcher,
+    in_process,
+    needs_minilm,
+    serving,
+    settings_for,
+    until,
+    until_ready,
+)
 
 from services.retrieval.app import create_app
 from services.retrieval.build import build
+from services.retrieval.query import Filters, Query
 from services.retrieval.search import Searcher
-from services.retrieval.wire import Document, RetrieveReply, SearchReply
+from services.retrieval.wire import Document, Info, Problem, RetrieveReply, SearchReply, SimilarReply
 from shared.clients import SearchClient
 from shared.files import ArtifactError
-from shared.records import Hit, Paper
+from shared.records import Hit
 from shared.settings import Settings
 
 QUERIES = [
@@ -54,12 +64,7 @@ def http(address: str) -> Iterator[httpx.Client]:
         yield client
 
 
-async def until_ready(url: str) -> None:
-    async with SearchClient(url, patience_s=60) as client:
-        await client.call("GET", "/ready")
-
-
-def flat(hits: Sequence[Hit]) -> list[tuple[str, float]]:
+def flat(hits: Sequence[Hit]) -> list[tuple[str, Any]]:
     return [(hit.paper.pmid, pytest.approx(hit.score, abs=1e-5)) for hit in hits]
 
 
@@ -133,7 +138,7 @@ def test_a_paper_is_found_by_its_pmid_and_an_unknown_one_is_404(http: httpx.Clie
     Document.model_validate(reply.json())
     missing = http.get("/documents/99999999")
     assert missing.status_code == 404
-    assert missing.json() == {"detail": "no paper with PMID 99999999 in this corpus"}
+    assert missing.json()["detail"] == "no paper with PMID 99999999 in this corpus"
 
 
 # ---- limits ----------------------------------------------------------------------------------------------------------
@@ -175,7 +180,7 @@ def test_a_wrong_request_is_422_and_names_the_field(http: httpx.Client, path: st
         ('{"queries": ["gout"], "top_k": NaN}', 422),
         ('{"queries": ["gout"], "top_k": 1e999}', 422),
         ("{", 422),
-        ("[" * 100_000, 400),
+        ("[" * 100_000, 422),
         (b"\xff\xfe", 422),
     ],
 )
@@ -196,7 +201,7 @@ def test_openapi_states_the_limits_and_the_metrics_name_the_routes(http: httpx.C
     text = http.get("/metrics").text
     assert 'drzero_retrieval_requests_total{route="/documents/{pmid}",status="404"}' in text
     assert f'drzero_retrieval_corpus_records{{count="kept"}} {len(PAPERS)}.0' in text
-    for stage in ("encode", "search", "fetch"):
+    for stage in ("encode", "search", "words", "fuse", "fetch"):
         assert f'drzero_retrieval_stage_seconds_count{{stage="{stage}"}}' in text
 
 
@@ -227,42 +232,6 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
-class SlowSearcher:
-    """Answers each query with the paper whose PMID it is, when the test lets it."""
-
-    def __init__(self) -> None:
-        self.entered, self.go = threading.Event(), threading.Event()
-        self.batches: list[list[str]] = []
-
-    def search_each(self, queries: Sequence[str], top_ks: Sequence[int]) -> list[list[Hit]]:
-        if list(queries) != ["ready"]:
-            self.batches.append(list(queries))
-            self.entered.set()
-            assert self.go.wait(30)
-        if "defect" in queries:
-            raise ArithmeticError("a defect")
-        return [[Hit(Paper(query, "", ""), 1.0)] * k for query, k in zip(queries, top_ks, strict=True)]
-
-    def find(self, pmid: str) -> Paper | None:
-        return None
-
-
-@asynccontextmanager
-async def in_process(app: Any) -> AsyncIterator[httpx.AsyncClient]:
-    transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
-    async with (
-        app.router.lifespan_context(app),
-        httpx.AsyncClient(transport=transport, base_url="http://test") as client,
-    ):
-        yield client
-
-
-async def until(client: httpx.AsyncClient, path: str, wanted: str) -> None:
-    async with asyncio.timeout(30):
-        while wanted not in (await client.get(path)).text:  # noqa: ASYNC110 -- seen over HTTP only
-            await asyncio.sleep(0)
-
-
 def pmids(reply: httpx.Response) -> list[str]:
     return [result["hits"][0]["document"]["pmid"] for result in reply.json()["results"]]
 
@@ -271,9 +240,9 @@ def pmids(reply: httpx.Response) -> list[str]:
 async def test_ready_says_why_not_until_the_index_is_loaded(tmp_path: Path) -> None:
     load = threading.Event()
 
-    def open_searcher(_: Settings) -> SlowSearcher:
+    def open_searcher(_: Settings) -> WordSearcher:
         assert load.wait(30)
-        return SlowSearcher()
+        return WordSearcher()
 
     async with in_process(create_app(settings_for(tmp_path), open_searcher=open_searcher)) as client:
         assert (await client.get("/health")).status_code == 200
@@ -283,7 +252,7 @@ async def test_ready_says_why_not_until_the_index_is_loaded(tmp_path: Path) -> N
             await client.get("/documents/1"),
         ):
             assert reply.status_code == 503
-            assert reply.json() == {"detail": "not ready: the index is being loaded"}
+            assert reply.json()["detail"] == "not ready: the index is being loaded"
             assert reply.headers["retry-after"] == "1"
         load.set()
         await until(client, "/ready", '"ready"')
@@ -343,5 +312,206 @@ async def test_a_defect_in_one_batch_is_500_there_and_the_next_batch_is_answered
         await until(client, "/ready", '"ready"')
         failed = await client.post("/search", json={"queries": ["defect"]})
         assert failed.status_code == 500
-        assert failed.json() == {"detail": "the search failed; the service's log says why"}
+        assert failed.json()["detail"] == "the search failed; the service's log says why"
         assert pmids(await client.post("/search", json={"queries": ["7"]})) == ["7"]
+
+
+# ---- what a request may ask for --------------------------------------------------------------------------------------
+
+
+@pytest.mark.anyio
+async def test_everything_asked_for_reaches_the_searcher_and_its_answer_the_client(tmp_path: Path) -> None:
+    searcher = WordSearcher()
+    body = {
+        "queries": ["gout"],
+        "top_k": 2,
+        "mode": "bm25",
+        "highlight": True,
+        "filters": {"year_from": 2000, "journals": ["Lancet", "BMJ"], "publication_types": ["Review"]},
+    }
+    async with in_process(create_app(settings_for(tmp_path), open_searcher=lambda _: searcher)) as client:
+        await until(client, "/ready", '"ready"')
+        reply = await client.post("/search", json=body)
+        plain = await client.post("/search", json={"queries": ["gout"], "top_k": 1})
+    filters = Filters(year_from=2000, journals=("Lancet", "BMJ"), publication_types=("Review",))
+    assert searcher.asked[0] == Query("gout", 2, "bm25", highlight=True, filters=filters)
+    hits = reply.json()["results"][0]["hits"]
+    best = next(paper for paper in PAPERS if "gout" in paper.text)
+    assert hits[0] == {
+        "score": 1 / 7,
+        "dense": None,
+        "bm25": 1.0,
+        "highlight": best.abstract,
+        "document": best.as_record(),
+    }
+    assert plain.json()["results"][0]["hits"][0]["highlight"] is None
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("more", "field"),
+    [
+        ({"mode": "both"}, "mode"),
+        ({"rerank": True}, "rerank"),
+        ({"highlight": "yes"}, "highlight"),
+        ({"filters": {"year": 2000}}, "filters"),
+        ({"filters": {"journals": ["x" * 301]}}, "filters"),
+        ({"filters": {"journals": ["x"] * 101}}, "filters"),
+        ({"top_k": "3"}, "top_k"),
+        ({"deadline_s": 0}, "deadline_s"),
+        ({"deadline_s": 31}, "deadline_s"),
+    ],
+)
+async def test_a_wrong_wish_is_422_and_names_the_field(tmp_path: Path, more: dict[str, Any], field: str) -> None:
+    async with in_process(create_app(settings_for(tmp_path), open_searcher=lambda _: WordSearcher())) as client:
+        await until(client, "/ready", '"ready"')
+        reply = await client.post("/search", json={"queries": ["gout"], **more})
+    assert reply.status_code == 422
+    assert {item["loc"][1] for item in reply.json()["detail"]} == {field}
+
+
+@pytest.mark.anyio
+async def test_similar_papers_and_the_searcher_itself_can_be_asked_about(tmp_path: Path) -> None:
+    async with in_process(create_app(settings_for(tmp_path), open_searcher=lambda _: WordSearcher())) as client:
+        await until(client, "/ready", '"ready"')
+        similar = SimilarReply.model_validate((await client.get("/similar/1003?top_k=2")).json())
+        assert [hit.document.pmid for hit in similar.hits] == ["1000", "1001"]
+        assert (await client.get("/similar/7")).status_code == 404
+        assert (await client.get("/similar/1003?top_k=0")).json()["detail"][0]["loc"] == ["query", "top_k"]
+        info = Info.model_validate((await client.get("/info")).json())
+        assert info.version == WordSearcher().manifest.identity
+        assert info.limits["max_queries"] == 512
+        assert info.defaults["mode"] == "hybrid"
+        assert info.searcher == {"device": "none"}
+
+
+# ---- errors, ids, sizes ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.anyio
+async def test_every_error_has_one_shape_and_the_request_id_that_was_sent(tmp_path: Path) -> None:
+    searcher = SlowSearcher()
+    searcher.go.set()
+    async with in_process(create_app(settings_for(tmp_path), open_searcher=lambda _: searcher)) as client:
+        early = await client.post("/search", json={"queries": ["1"]}, headers={"X-Request-ID": "mine-1"})
+        await until(client, "/ready", '"ready"')
+        replies = [
+            early,
+            await client.get("/nothing", headers={"X-Request-ID": "mine-1"}),
+            await client.get("/search", headers={"X-Request-ID": "mine-1"}),
+            await client.get("/documents/7", headers={"X-Request-ID": "mine-1"}),
+            await client.post("/search", json={}, headers={"X-Request-ID": "mine-1"}),
+            await client.post("/search", json={"queries": ["defect"]}, headers={"X-Request-ID": "mine-1"}),
+            await client.post("/search", content=b" " * 13_000_000, headers={"X-Request-ID": "mine-1"}),
+        ]
+    assert [reply.status_code for reply in replies] == [503, 404, 405, 404, 422, 500, 413]
+    for reply in replies:
+        assert Problem.model_validate(reply.json()).request_id == "mine-1"
+        assert reply.headers["x-request-id"] == "mine-1"
+        assert reply.headers["x-content-type-options"] == "nosniff"
+        assert reply.json().keys() == {"detail", "request_id"}
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("given", ["", "a b", "<script>", "x" * 65])
+async def test_a_request_without_a_usable_id_gets_one_of_its_own(tmp_path: Path, given: str) -> None:
+    async with in_process(create_app(settings_for(tmp_path), open_searcher=lambda _: WordSearcher())) as client:
+        ids = [(await client.get("/health", headers={"X-Request-ID": given})).headers["x-request-id"] for _ in "ab"]
+    assert len({given, *ids}) == 3
+
+
+@pytest.mark.anyio
+async def test_a_body_of_untold_length_is_refused_once_it_is_too_long(tmp_path: Path) -> None:
+    sent = 0
+
+    async def endless() -> AsyncIterator[bytes]:
+        nonlocal sent
+        while True:
+            sent += 1
+            yield b" " * 1_000_000
+
+    async with in_process(create_app(settings_for(tmp_path), open_searcher=lambda _: WordSearcher())) as client:
+        reply = await client.post("/search", content=endless())
+    assert reply.status_code == 413
+    assert sent < 20
+
+
+# ---- deadlines, clients that go, fairness ----------------------------------------------------------------------------
+
+
+@pytest.mark.anyio
+async def test_whoever_waits_longer_than_the_deadline_hears_503_and_leaves_the_queue(tmp_path: Path) -> None:
+    searcher = SlowSearcher()
+    async with in_process(create_app(settings_for(tmp_path), open_searcher=lambda _: searcher)) as client:
+        await until(client, "/ready", '"ready"')
+        async with asyncio.TaskGroup() as group:
+            first = group.create_task(client.post("/search", json={"queries": ["1"]}))
+            await asyncio.to_thread(searcher.entered.wait, 30)
+            late = await client.post("/search", json={"queries": ["2"], "deadline_s": 0.01})
+            assert late.status_code == 503
+            assert late.headers["retry-after"] == "1"
+            assert "no answer within 0.01 s" in late.json()["detail"]
+            await until(client, "/metrics", "drzero_retrieval_queue_queries 0.0")
+            searcher.go.set()
+        assert first.result().status_code == 200
+    assert searcher.batches == [["1"]]
+
+
+@pytest.mark.anyio
+async def test_a_request_whose_client_hung_up_is_never_searched(tmp_path: Path) -> None:
+    searcher = SlowSearcher()
+    app = create_app(settings_for(tmp_path), open_searcher=lambda _: searcher)
+    with serving(app) as url:
+        await until_ready(url)
+        async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=30) as client:
+            first = asyncio.create_task(client.post("/search", json={"queries": ["1"]}))
+            await asyncio.to_thread(searcher.entered.wait, 30)
+            ahead = asyncio.create_task(client.post("/search", json={"queries": ["ahead"]}))
+            await asyncio.to_thread(searcher.ahead.wait, 30)
+            gone = asyncio.create_task(client.post("/search", json={"queries": ["2"]}))
+            await until(client, "/metrics", "drzero_retrieval_queue_queries 1.0")
+            gone.cancel()
+            await until(client, "/metrics", "drzero_retrieval_queue_queries 0.0")
+            await until(client, "/metrics", 'drzero_retrieval_requests_total{route="/search",status="499"}')
+            searcher.go.set()
+            assert (await first).status_code == (await ahead).status_code == 200
+            assert pmids(await client.post("/search", json={"queries": ["3"]})) == ["3"]
+    assert searcher.batches == [["1"], ["ahead"], ["3"]]
+
+
+@pytest.mark.anyio
+async def test_a_small_request_is_not_kept_waiting_by_a_large_one(tmp_path: Path) -> None:
+    searcher = SlowSearcher()
+    async with in_process(create_app(settings_for(tmp_path), open_searcher=lambda _: searcher)) as client:
+        await until(client, "/ready", '"ready"')
+        many = [str(number) for number in range(500)]
+        async with asyncio.TaskGroup() as group:
+            first = group.create_task(client.post("/search", json={"queries": ["first"]}))
+            await asyncio.to_thread(searcher.entered.wait, 30)
+            ahead = group.create_task(client.post("/search", json={"queries": ["ahead"]}))
+            await asyncio.to_thread(searcher.ahead.wait, 30)
+            large = group.create_task(client.post("/search", json={"queries": many, "top_k": 1}))
+            await until(client, "/metrics", "drzero_retrieval_queue_queries 500.0")
+            small = group.create_task(client.post("/search", json={"queries": ["small"]}))
+            await until(client, "/metrics", "drzero_retrieval_queue_queries 501.0")
+            searcher.go.set()
+        assert pmids(large.result()) == many
+        assert [pmids(task.result()) for task in (first, ahead, small)] == [["first"], ["ahead"], ["small"]]
+    assert "small" in searcher.batches[2]
+    assert len(searcher.batches) > 3
+
+
+@pytest.mark.anyio
+async def test_a_defect_is_only_heard_by_the_request_that_makes_it(tmp_path: Path) -> None:
+    searcher = SlowSearcher()
+    async with in_process(create_app(settings_for(tmp_path), open_searcher=lambda _: searcher)) as client:
+        await until(client, "/ready", '"ready"')
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(client.post("/search", json={"queries": ["1"]}))]
+            await asyncio.to_thread(searcher.entered.wait, 30)
+            group.create_task(client.post("/search", json={"queries": ["ahead"]}))
+            await asyncio.to_thread(searcher.ahead.wait, 30)
+            tasks += [group.create_task(client.post("/search", json={"queries": [q]})) for q in ("2", "defect", "3")]
+            await until(client, "/metrics", "drzero_retrieval_queue_queries 3.0")
+            searcher.go.set()
+    assert [task.result().status_code for task in tasks] == [200, 200, 500, 200]

@@ -1,33 +1,31 @@
-"""The FastAPI app of the search service: endpoints, errors of one shape, request metrics, start and stop.
+"""The FastAPI app of the search service: endpoints, the page for people, errors of one shape, start and stop.
 
 `create_app(settings)` has no side effects; loading begins when the app is started, and until it has ended well every
-endpoint that needs the index answers 503. Every error body is `{"detail": …}`; for a 422 the detail is a list whose
-items name the field in `loc`.
+endpoint that needs the index answers 503. Every error body is `{"detail": …, "request_id": …}`; for a 422 the detail
+is a list whose items name the field in `loc`.
 """
 
-import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from typing import Any, cast
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from prometheus_client import Counter, Histogram
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.exceptions import HTTPException
 
-from services.retrieval.batching import QueueFull
-from services.retrieval.routes import probe_routes, search_routes
+from services.retrieval.batching import Busy
+from services.retrieval.border import GONE, Border, TooLarge
+from services.retrieval.engine import OpenSearcher
+from services.retrieval.page import page_routes
+from services.retrieval.routes import ClientGone, paper_routes, probe_routes, search_routes
 from services.retrieval.search import Searcher
-from services.retrieval.service import NotReady, OpenSearcher, SearchService
-from shared.metrics import REGISTRY, SECONDS
-from shared.settings import Settings
+from services.retrieval.service import NotReady, SearchService
+from shared.settings import RetrievalSettings, Settings
 
 RETRY_AFTER_S = 1
-
-REQUESTS = Counter("drzero_retrieval_requests", "Requests answered.", ["route", "status"], registry=REGISTRY)
-REQUEST_SECONDS = Histogram(
-    "drzero_retrieval_request_seconds", "Time of a request.", ["route"], buckets=SECONDS, registry=REGISTRY
-)
+BYTES_OF_A_CHARACTER = 12  # in JSON at worst: two escapes of six
+ROOM = 65_536  # for all but the queries
 
 
 def create_app(
@@ -45,57 +43,52 @@ def create_app(
         try:
             yield
         finally:
-            service.stop()
+            await service.stop()
 
     app = FastAPI(title="Dr. Zero Biomedical: search", lifespan=lifespan)
     app.include_router(search_routes(service, settings.retrieval))
+    app.include_router(paper_routes(service, settings.retrieval))
     app.include_router(probe_routes(service))
+    app.include_router(page_routes(service, settings.retrieval))
     app.add_exception_handler(RequestValidationError, _unprocessable)
+    app.add_exception_handler(HTTPException, _refused)
+    app.add_exception_handler(TooLarge, _too_large)
     app.add_exception_handler(NotReady, _come_back)
-    app.add_exception_handler(QueueFull, _come_back)
-    app.add_exception_handler(Exception, _defect)
-    app.add_middleware(RequestMetrics)
+    app.add_exception_handler(Busy, _come_back)
+    app.add_exception_handler(ClientGone, _gone)
+    app.add_middleware(Border, most_bytes=most_bytes(settings.retrieval))
     return app
 
 
-class RequestMetrics:
-    """ASGI middleware that counts and times requests by route template, so that PMIDs make no new series."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        started = time.perf_counter()
-        status = 500
-
-        async def watch(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        try:
-            await self._app(scope, receive, watch)
-        finally:
-            route = getattr(scope.get("route"), "path", "unknown")
-            REQUESTS.labels(route, str(status)).inc()
-            REQUEST_SECONDS.labels(route).observe(time.perf_counter() - started)
+def most_bytes(limits: RetrievalSettings) -> int:
+    """The largest body that can be within the limits, generously."""
+    return limits.max_queries * (BYTES_OF_A_CHARACTER * limits.max_query_chars + 4) + ROOM
 
 
-async def _unprocessable(_: Request, error: Exception) -> JSONResponse:
+def _problem(
+    request: Request, status: int, detail: str | list[dict[str, Any]], headers: Mapping[str, str] | None = None
+) -> JSONResponse:
+    return JSONResponse({"detail": detail, "request_id": request.state.request_id}, status, headers)
+
+
+async def _unprocessable(request: Request, error: Exception) -> JSONResponse:
     # FastAPI's own reply repeats the input, which may be long, or no JSON at all (NaN, half a surrogate pair).
     items = error.errors() if isinstance(error, RequestValidationError) else []
-    detail = [{key: item[key] for key in ("loc", "msg", "type")} for item in items]
-    return JSONResponse({"detail": detail}, status_code=422)
+    return _problem(request, 422, [{key: item[key] for key in ("loc", "msg", "type")} for item in items])
 
 
-async def _come_back(_: Request, error: Exception) -> JSONResponse:
-    return JSONResponse({"detail": str(error)}, status_code=503, headers={"Retry-After": str(RETRY_AFTER_S)})
+async def _refused(request: Request, error: Exception) -> JSONResponse:
+    refused = cast(HTTPException, error)
+    return _problem(request, refused.status_code, refused.detail, refused.headers)
 
 
-async def _defect(_: Request, __: Exception) -> JSONResponse:
-    # The exception itself goes to the log: Starlette raises it again after this reply.
-    return JSONResponse({"detail": "the search failed; the service's log says why"}, status_code=500)
+async def _too_large(request: Request, error: Exception) -> JSONResponse:
+    return _problem(request, 413, str(error), {"Connection": "close"})
+
+
+async def _come_back(request: Request, error: Exception) -> JSONResponse:
+    return _problem(request, 503, str(error), {"Retry-After": str(RETRY_AFTER_S)})
+
+
+async def _gone(_: Request, __: Exception) -> Response:
+    return Response(status_code=GONE)

@@ -1,12 +1,12 @@
-"""Exact inner product on one or several GPUs, by torch: FAISS has no GPU wheel for CUDA 13 or for Hopper.
+"""All vectors on one or several GPUs, by torch: FAISS has no GPU wheel for CUDA 13 or for Hopper.
 
 Vectors are float16 on the cards, in one shard of consecutive rows per card; queries are rounded to float16 as well,
 products are summed and compared in float32. Scores are made for a part of the rows at a time, so that they never take
-more than SCORE_BYTES, whatever the size of the index. The same calls as `FlatIndex`, made from one. It also works on
-the device "cpu", with the same roundings. Not thread-safe.
+more than SCORE_BYTES, whatever the size of the index. It also works on the device "cpu", with the same roundings.
+Not thread-safe.
 
-The best k are found in two steps, which is exact: the k groups of neighbours with the largest maxima hold the k best
-scores, so only those groups are sorted, and all scores are read just once.
+The best k are found in two steps: the k groups of neighbours with the largest maxima hold the k best scores, so only
+those groups are sorted, and all scores are read just once.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,10 +14,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
-from numpy.typing import NDArray
 
-from services.retrieval.encoder import Vectors
-from services.retrieval.index import FlatIndex, Rows, hits
+from services.retrieval.nearest import Found, Masks, Vectors, by_mask
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +24,9 @@ GROUP = 64  # neighbours that share a maximum
 SCORE_BYTES = 256 << 20  # 64 queries against a million rows
 ROWS_PER_COPY = 65_536  # rows that go from the file to a card at once
 SIZE = 2  # bytes of a float16
+ROUNDING = 2.0**-10 * 1.05  # of two float16 numbers in a product, with some room for numbers near 0
+SPARE = 32  # candidates beyond those wanted, so that the last one is told apart at the first try
+FEW = 4096
 
 
 @dataclass(frozen=True)
@@ -38,70 +39,69 @@ class Shard:
 
 
 class CardIndex:
-    """All vectors in float16 on cards; exact search among those."""
+    """A finder that reads every vector, in float16 on cards."""
+
+    few = FEW
 
     def __init__(self, shards: Sequence[Shard], *, score_bytes: int = SCORE_BYTES) -> None:
         self._shards = shards
         self._score_bytes = score_bytes
         self._home = shards[0].vectors.device
-        self.dim: int = shards[0].vectors.shape[1]
+        self.slack = ROUNDING + shards[0].vectors.shape[1] * 2.0**-23  # of the numbers, and of their sum
 
     @classmethod
-    def of(cls, flat: FlatIndex, rows_by_device: Sequence[tuple[str, int]], *, score_bytes: int = SCORE_BYTES) -> Self:
-        """The vectors of `flat`, so many consecutive rows on each device."""
+    def of(cls, stored: Vectors, rows_by_device: Sequence[tuple[str, int]], *, score_bytes: int = SCORE_BYTES) -> Self:
+        """The vectors of an index, so many consecutive rows on each device."""
         shards: list[Shard] = []
         for device, rows in rows_by_device:
             first = shards[-1].first + shards[-1].rows if shards else 0
-            shards.append(Shard(_copied(flat, range(first, first + rows), device), first, rows))
+            shards.append(Shard(_copied(stored[first : first + rows], device), first, rows))
         return cls(shards, score_bytes=score_bytes)
-
-    def __len__(self) -> int:
-        return sum(shard.rows for shard in self._shards)
 
     @property
     def bytes_by_place(self) -> dict[str, int]:
         """Memory of the vectors, by card."""
         return {str(shard.vectors.device): shard.vectors.nbytes for shard in self._shards}
 
-    def vectors(self, rows: NDArray[np.int64]) -> Vectors:
-        """The vectors of some rows as they are stored, rounded, shape [n, dim]."""
-        found = np.empty((len(rows), self.dim), dtype=np.float32)
-        for shard in self._shards:
-            here = np.flatnonzero((rows >= shard.first) & (rows < shard.first + shard.rows))
-            found[here] = shard.vectors[rows[here] - shard.first].float().cpu().numpy()
-        return found
+    def candidates(self, top_k: int) -> int:
+        """Some more than wanted."""
+        return top_k + SPARE
 
-    def search(self, vectors: Vectors, top_k: int) -> list[Rows]:
-        """The best min(top_k, len) rows of each vector, best first."""
-        if not len(vectors) or not len(self):
-            return [[] for _ in range(len(vectors))]
-        return hits(*self.nearest(vectors, top_k))
-
-    def nearest(self, vectors: Vectors, top_k: int) -> tuple[Vectors, NDArray[np.int64]]:
-        """`search` as arrays: scores and rows, each of shape [n, min(top_k, len)]."""
+    def nearest(self, vectors: Vectors, count: int, masks: Masks) -> Found:
+        """The best rows by rounded scores, best first."""
         import torch
 
         queries = torch.from_numpy(np.ascontiguousarray(vectors)).half()
         # Every card has its work before the first result is waited for.
-        parts = [
-            part for shard in self._shards for part in nearest_of(shard, queries, top_k, score_bytes=self._score_bytes)
-        ]
-        scores, rows = merged([(s.to(self._home), r.to(self._home)) for s, r in parts], min(top_k, len(self)))
-        return scores.cpu().numpy(), rows.cpu().numpy()
+        parts = [part for shard in self._shards for part in self._parts(shard, queries, count, masks)]
+        here = [(scores.to(self._home), rows.to(self._home)) for scores, rows in parts]
+        scores, rows = merged(here, min(count, sum(shard.rows for shard in self._shards)))
+        return Found(scores.cpu().numpy(), rows.cpu().numpy())
+
+    def _parts(
+        self, shard: Shard, queries: "torch.Tensor", count: int, masks: Masks
+    ) -> Iterator[tuple["torch.Tensor", "torch.Tensor"]]:
+        """The best scores and rows of each part of a shard, each of shape [n, ≤ count], on the shard's device."""
+        asked = queries.to(shard.vectors.device, non_blocking=True)
+        step = max(1, self._score_bytes // (4 * GROUP * len(queries))) * GROUP
+        for start in range(0, shard.rows, step):
+            rows = min(step, shard.rows - start)
+            scores = products(asked, shard.vectors[start : start + step])
+            scores[:, rows:] = float("-inf")  # the zeros that fill the last group
+            forbid(scores, shard.first + start, rows, masks)
+            found, places = best(scores, min(count, rows))
+            yield found, places + (shard.first + start)
 
 
-def nearest_of(
-    shard: Shard, queries: "torch.Tensor", top_k: int, *, score_bytes: int
-) -> Iterator[tuple["torch.Tensor", "torch.Tensor"]]:
-    """The best scores and rows of each part of a shard, each of shape [n, ≤ top_k], on the shard's device."""
-    asked = queries.to(shard.vectors.device, non_blocking=True)
-    step = max(1, score_bytes // (4 * GROUP * len(queries))) * GROUP
-    for start in range(0, shard.rows, step):
-        count = min(step, shard.rows - start)
-        scores = products(asked, shard.vectors[start : start + step])
-        scores[:, count:] = float("-inf")  # the zeros that fill the last group
-        found, rows = best(scores, min(top_k, count))
-        yield found, rows + (shard.first + start)
+def forbid(scores: "torch.Tensor", first: int, rows: int, masks: Masks) -> None:
+    """−∞ for the rows from `first` that a query's mask does not allow; each mask is copied to the card once."""
+    import torch
+
+    for mask, places in by_mask(masks):
+        if mask is not None:
+            allowed = torch.from_numpy(np.array(mask[first : first + rows])).to(scores.device)
+            queries = torch.from_numpy(places).to(scores.device)
+            scores[queries, :rows] = scores[queries, :rows].masked_fill(~allowed, float("-inf"))
 
 
 def products(queries: "torch.Tensor", vectors: "torch.Tensor") -> "torch.Tensor":
@@ -137,12 +137,12 @@ def stored(rows: int) -> int:
     return -(-rows // GROUP) * GROUP
 
 
-def _copied(flat: FlatIndex, rows: range, device: str) -> "torch.Tensor":
+def _copied(some: Vectors, device: str) -> "torch.Tensor":
     """Rows of the file in float16 on a device; the whole never lies in host memory."""
     import torch
 
-    vectors = torch.zeros((stored(len(rows)), flat.dim), dtype=torch.float16, device=device)
-    for start in range(0, len(rows), ROWS_PER_COPY):
-        piece = np.array(rows[start : start + ROWS_PER_COPY], dtype=np.int64)
-        vectors[start : start + len(piece)] = torch.from_numpy(flat.vectors(piece)).to(device)
+    vectors = torch.zeros((stored(len(some)), some.shape[1]), dtype=torch.float16, device=device)
+    for start in range(0, len(some), ROWS_PER_COPY):
+        piece = torch.from_numpy(np.array(some[start : start + ROWS_PER_COPY]))
+        vectors[start : start + len(piece)] = piece.to(device)
     return vectors

@@ -1,7 +1,7 @@
 """Vectors of the index before this one, found by the text they were made from, so that only new texts are embedded.
 
 An index keeps, beside its vectors, a digest of each row's text (`texts.npy`). The vectors of an earlier index may be
-taken over when encoder settings and weights are the same; the corpus may differ.
+taken over when encoder settings and weights are the same; the corpus, and the form of the index, may differ.
 """
 
 import hashlib
@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import structlog
 from numpy.typing import NDArray
 
+from services.retrieval import vector_file
 from services.retrieval.encoder import Vectors
-from services.retrieval.index import FlatIndex
-from services.retrieval.recipe import Recipe
-from shared.files import ArtifactError, read_manifest
+from services.retrieval.recipe import Recipe, damaged_file, same_encoder
 
 FILE = "texts.npy"
 DIGEST_BYTES = 16
@@ -27,11 +27,16 @@ def digests(texts: Sequence[str]) -> Digests:
     return np.frombuffer(joined, dtype=f"V{DIGEST_BYTES}")
 
 
+def as_bytes(texts: Digests) -> NDArray[np.uint8]:
+    """Digests as they are kept in a file, shape [n, DIGEST_BYTES]."""
+    return texts.view(np.uint8).reshape(len(texts), DIGEST_BYTES)
+
+
 class KnownVectors:
     """Vectors by text digest; empty when there is no earlier index to take them from."""
 
-    def __init__(self, index: FlatIndex | None = None, texts: Digests | None = None) -> None:
-        self._index = index
+    def __init__(self, vectors: Vectors | None = None, texts: Digests | None = None) -> None:
+        self._vectors = vectors
         self._order: NDArray[np.int64] = np.empty(0, dtype=np.int64)
         self._sorted: Digests = np.empty(0, dtype=f"V{DIGEST_BYTES}")
         if texts is not None:
@@ -50,20 +55,19 @@ class KnownVectors:
 
     def vectors(self, rows: NDArray[np.int64]) -> Vectors:
         """The vectors of earlier rows, shape [n, dim]."""
-        if self._index is None:
+        if self._vectors is None:
             raise ValueError(f"expected no rows, since there is no earlier index; got {len(rows)}")
-        return self._index.vectors(rows)
+        return self._vectors[rows]
 
 
 def known_vectors(folder: Path, wanted: Recipe) -> KnownVectors:
     """What can be taken over from the index in `folder` for one of this recipe; nothing if it is none or differs."""
-    try:
-        manifest = read_manifest(folder)
-        same = (
-            manifest.settings == dict(wanted.settings) and manifest.made_from["encoder"] == wanted.made_from["encoder"]
-        )
-        if not same or FILE not in manifest.files:
-            return KnownVectors()
-        return KnownVectors(FlatIndex.read(folder), np.load(folder / FILE).view(f"V{DIGEST_BYTES}").reshape(-1))
-    except (ArtifactError, KeyError):
+    files = (FILE, vector_file.FILE)
+    if not same_encoder(folder, wanted) or not all((folder / name).is_file() for name in files):
         return KnownVectors()
+    if file := damaged_file(folder, files):
+        log: structlog.stdlib.BoundLogger = structlog.get_logger()
+        log.warning("no vector is taken over, since this is not what the manifest names", file=str(file))
+        return KnownVectors()
+    texts = np.load(folder / FILE).view(f"V{DIGEST_BYTES}").reshape(-1)
+    return KnownVectors(vector_file.read(folder), texts)

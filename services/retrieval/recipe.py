@@ -1,19 +1,30 @@
 """What an index must have been made from: the one place where builder and server agree on it.
 
-In: settings and the corpus manifest. Out: a recipe (settings that shape the vectors, identities of corpus and weights)
-and the sentence that says how an index differs from it.
+In: settings and the corpus manifest. Out: a recipe (settings that shape vectors, words and the form of the index,
+identities of corpus and weights) and the sentence that says how an index differs from it. Which runtime encodes, on how
+many threads, and how far a search looks shape nothing that is stored, so they are no part of it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from services.retrieval.encoder import EncoderIdentity
-from shared.files import MANIFEST, ArtifactError, Manifest
-from shared.settings import Settings
+from services.retrieval.terms import TERMS_VERSION
+from shared.files import MANIFEST, ArtifactError, Manifest, hash_file, read_manifest
+from shared.settings import IndexSettings, Settings
 
 REMEDY = "make it again with `python -m services.retrieval.build`"
+
+# Settings that shape each kind of index; `auto` may become flat or hnsw.
+SHAPED_BY = {
+    "auto": ("hnsw_m",),
+    "flat": (),
+    "hnsw": ("hnsw_m",),
+    "ivf_sq": ("lists",),
+    "ivf_pq": ("lists", "pq_bytes"),
+}
 
 
 @dataclass(frozen=True)
@@ -22,6 +33,7 @@ class Recipe:
 
     settings: Mapping[str, Any]
     made_from: Mapping[str, str]
+    encoder: EncoderIdentity
 
 
 def corpus_folder(settings: Settings) -> Path:
@@ -41,9 +53,32 @@ def require(folder: Path, command: str) -> Path:
     return folder
 
 
-def recipe(corpus: Manifest, encoder: EncoderIdentity) -> Recipe:
-    """What an index of this corpus with this encoder is made from."""
-    return Recipe(settings=encoder.as_settings(), made_from={"corpus": corpus.identity, "encoder": encoder.weights})
+def recipe(corpus: Manifest, encoder: EncoderIdentity, index: IndexSettings) -> Recipe:
+    """What an index of this corpus with this encoder in this form is made from."""
+    form = {key: getattr(index, key) for key in ("kind", *SHAPED_BY[index.kind])}
+    return Recipe(
+        settings={**encoder.as_settings(), **form, "terms": TERMS_VERSION},
+        made_from={"corpus": corpus.identity, "encoder": encoder.weights},
+        encoder=encoder,
+    )
+
+
+def same_encoder(folder: Path, wanted: Recipe) -> bool:
+    """Whether `folder` holds an index with vectors of the recipe's encoder, whatever texts they belong to."""
+    try:
+        found = read_manifest(folder)
+    except ArtifactError:
+        return False
+    settings = wanted.encoder.as_settings()
+    return found.made_from.get("encoder") == wanted.encoder.weights and settings == {
+        key: found.settings.get(key) for key in settings
+    }
+
+
+def damaged_file(folder: Path, names: Iterable[str]) -> Path | None:
+    """The first of these files of a published index that is not what its manifest names; None when all are."""
+    digests = read_manifest(folder).files
+    return next((folder / name for name in names if hash_file(folder / name) != digests.get(name)), None)
 
 
 def difference(found: Manifest, wanted: Recipe, folder: Path) -> str | None:
@@ -56,7 +91,7 @@ def difference(found: Manifest, wanted: Recipe, folder: Path) -> str | None:
     for key, value in wanted.settings.items():
         if found.settings.get(key) != value:
             return (
-                f"index made with other encoder settings: expected {key} = {value!r}, "
+                f"index made with other settings: expected {key} = {value!r}, "
                 f"{folder} was made with {found.settings.get(key)!r}; {REMEDY}"
             )
     if found.made_from.get("encoder") != wanted.made_from["encoder"]:

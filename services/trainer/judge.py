@@ -92,13 +92,12 @@ def invalid_reason(attempts: Sequence[Attempt], valid: bool, lost: str) -> str:
     return lost or Counter(attempt.ended for attempt in attempts if attempt.lost).most_common(1)[0][0]
 
 
-def worth_attempting(proposal: Proposal, form: str, settings: RewardSettings) -> bool:
-    """Whether the solver is asked: only where difficulty can be paid.
+def worth_attempting(proposal: Proposal, settings: RewardSettings) -> bool:
+    """Whether the solver is asked: only where difficulty can be paid, in either form of the format score.
 
-    There are question and answer, the question is no worked example's, under the gate the gate holds, and where the
+    There are question and answer, the question does not hold its answer and is no worked example's, and where the
     variant wants grounded answers, the answer is.
     """
     parts = format_parts(proposal)
-    if settings.variant == "biomedical" and settings.biomedical.grounded and not parts["answer"]:
-        return False
-    return format_score(parts, form) > 0 if form == "gated" else bool(parts["question"] and parts["answer_given"])
+    ungrounded = settings.variant == "biomedical" and settings.biomedical.grounded and not parts["answer"]
+    return parts["integrity"] > 0 and not ungrounded

@@ -168,7 +168,7 @@ async def score_proposal(
     recent = judging.recent.before(step, reward.biomedical.novelty_window)
     began, since = time.time(), time.monotonic()
     attempts: list[Attempt] = []
-    if not lost and worth_attempting(proposal, form, reward):
+    if not lost and worth_attempting(proposal, reward):
         seeds = attempt_seeds(judging.settings.trainer.seed, step, proposal.question, reward.attempts)
         attempts = await judging.attempts.answer(proposal.question, seeds)
     around = Surroundings(form, recent, corpus_has(judging.paths.corpus))
