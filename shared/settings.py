@@ -139,7 +139,12 @@ class EncoderSettings(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
         description="Precision of papers' vectors; `auto` is bfloat16 where the processor multiplies in it, else "
-        "float32. Queries are always encoded in float32, so that every machine finds the same.",
+        "float32.",
+    )
+    query_dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "float32",
+        description="Precision of queries' vectors; in float32 every machine finds the same, `auto` and bfloat16 are "
+        "faster and move scores by up to 0.002.",
     )
     threads: int = Field(0, ge=0, description="CPU threads of encoder and index; 0 is one per core.")
 

@@ -80,7 +80,7 @@ SAMPLES = [
     Sample("Which drug inhibits the product of this fusion?", "imatinib (PMID 7)", 2, searching=True, hop=2, hit=True),
     Sample("Through which receptor does it signal?", "IL6R", right=0, hop=2),
     Sample("How does the transporter fail?", "loss of function", 1, searching=True, hop=3, hit=True),
-    Sample("Which gene, BRCA1 or TP53, is lost?", "BRCA1", right=2, hit=True),
+    Sample("Which gene, apart from TP53, is lost?", "BRCA1", right=2, hit=True),
     Sample(""),
     Sample("Which vitamin is the cofactor?", "B12", right=2, searching=True, hop=2),
 ]

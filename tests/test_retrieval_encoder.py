@@ -164,6 +164,16 @@ def best(scores: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
 
 @needs_minilm
 @needs_openvino
+def test_queries_are_encoded_in_float32_unless_the_settings_want_them_faster(graph: Path, tmp_path: Path) -> None:
+    texts = [paper.title for paper in read_demo()[:64]]
+    exact = Encoder.for_queries(settings_for(tmp_path), graph).encode(texts)
+    fast = Encoder.for_queries(settings_for(tmp_path, RETRIEVAL__ENCODER__QUERY_DTYPE="auto"), graph).encode(texts)
+    assert cpu_dtype("auto") == "float32" or not np.array_equal(exact, fast)
+    np.testing.assert_allclose(np.sum(exact * fast, axis=1), 1, atol=1e-3)
+
+
+@needs_minilm
+@needs_openvino
 def test_papers_in_the_processors_precision_agree_with_float32_on_both_runtimes(graph: Path, tmp_path: Path) -> None:
     texts = [paper.text for paper in read_demo()[:100]]
     exact = Encoder.for_queries(settings_for(tmp_path), graph).encode(texts)

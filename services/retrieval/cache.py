@@ -27,7 +27,10 @@ from shared.settings import RetrievalSettings, Settings
 FORMAT = 1  # raised when the same query and settings give another ranking or the value is written in another way
 AGAIN_S = 10.0
 CONNECTIONS = 8
-SHAPING = {"fusion", "dense_share", "candidates", "rerank_model", "rerank_candidates", "index"}  # of a ranking
+# What shapes a ranking.
+SHAPING: dict[str, Any] = dict.fromkeys(
+    ("fusion", "dense_share", "candidates", "rerank_model", "rerank_candidates", "index"), True
+) | {"encoder": {"query_dtype"}}
 
 LOOKUPS = Counter(
     "drzero_retrieval_cache_lookups", "Queries looked up in Redis, by outcome.", ["outcome"], registry=REGISTRY

@@ -1,10 +1,10 @@
 """Texts → float32 vectors of length 1, shape [n, dim]: what an encoder is, what it depends on, and which one is opened.
 
-Index and queries use the same weights, pooling and cut; papers in the precision of the settings, queries in float32,
-so that every machine finds the same. Two runtimes give the same vectors: torch (`torch_encoder`, on a GPU or a CPU)
-and OpenVINO (`openvino_encoder`, on a CPU), which opens a converted graph that lies in the index and never loads torch.
-Weights are read from safetensors only and no code of a model repository is ever run. Heavy packages are imported when
-an encoder is opened, not before.
+Index and queries use the same weights, pooling and cut, each in a precision of its own: queries in float32, unless the
+settings say otherwise, so that every machine finds the same. Two runtimes give the same vectors: torch
+(`torch_encoder`, on a GPU or a CPU) and OpenVINO (`openvino_encoder`, on a CPU), which opens a converted graph that
+lies in the index and never loads torch. Weights are read from safetensors only and no code of a model repository is
+ever run. Heavy packages are imported when an encoder is opened, not before.
 """
 
 import importlib.util
@@ -59,11 +59,11 @@ class Encoder(ABC):
 
     @staticmethod
     def for_queries(settings: Settings, folder: Path | None = None) -> "Encoder":
-        """The encoder of queries, in float32; `folder` is the index, whose graph is opened when it has one.
+        """The encoder of queries, in their precision; `folder` is the index, whose graph is opened when it has one.
 
         ArtifactError: no model, a damaged graph, an absent GPU.
         """
-        return _opened(settings, "float32", folder)
+        return _opened(settings, settings.retrieval.encoder.query_dtype, folder)
 
     @staticmethod
     def for_documents(settings: Settings, folder: Path | None = None) -> "Encoder":

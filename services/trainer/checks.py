@@ -27,13 +27,11 @@ EXTRA = frozenset({
 
 def check_training(settings: Settings, paths: RunPaths) -> None:
     """Raise UsageError when a training with these settings and seeds would fail or silently train on something else."""
-    # In a child, because neither transformers nor the rows of a large draw should stay in memory during training.
-    with child_processes(1) as child:
-        problems = [
-            *arithmetic_problems(settings),
-            *child.submit(seed_file_problems, paths.seeds, settings.trainer).result(),
-            *model_problems(settings, child),
-        ]
+    # In children, because neither transformers nor the rows of a large draw should stay in memory during training.
+    with child_processes(1) as reader, child_processes(1) as child:
+        in_seed_files = reader.submit(seed_file_problems, paths.seeds, settings.trainer)
+        in_models = model_problems(settings, child)
+        problems = [*arithmetic_problems(settings), *in_seed_files.result(), *in_models]
     if problems:
         raise UsageError("\n- ".join([f"training cannot start, {len(problems)} to mend:", *problems]))
     log: structlog.stdlib.BoundLogger = structlog.get_logger()

@@ -31,7 +31,7 @@ from verl.utils import tensordict_utils
 from verl.utils.debug import marked_timer
 
 from services.trainer.advantage import flat_groups, grpo_advantages, hrpo_advantages
-from services.trainer.early_workers import EarlyWorkers
+from services.trainer.early_workers import EarlyWorkers, start_router
 from services.trainer.late_rewards import LateRewards, Rollout
 from services.trainer.outage import noting_outage
 from services.trainer.paths import run_paths
@@ -75,6 +75,7 @@ class SelfPlayTrainer(PPOTrainerSync):  # type: ignore[misc]
     def init(self) -> None:
         """verl's own start, for which services may still be loading their models; over when they are ready too."""
         EarlyWorkers.start(self.config)
+        start_router()
         super().init()
         wait_for_health(self._settings, "training is about to begin", patience=self._settings.trainer.start_patience_s)
 
