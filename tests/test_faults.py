@@ -302,10 +302,12 @@ def test_the_verdict_of_a_lost_rollout_says_what_was_lost(tmp_path: Path) -> Non
             )
             for sample, info in zip(samples, infos, strict=True)
         ]
+        judging = reward.judging_of_this_loop()
         try:
             await asyncio.gather(*scores)
+            await asyncio.gather(*judging.late)
         finally:
-            await reward.judging_of_this_loop().close()
+            await judging.close()
 
     with (
         serving(fake_services(samples, lambda _, sample: strikes[sample.question])) as url,
