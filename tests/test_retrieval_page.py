@@ -141,6 +141,7 @@ def test_a_question_is_typed_and_answered_with_the_keyboard_alone(page: Page, ad
     problems: list[str] = []
     page.on("console", lambda message: problems.append(message.text))
     page.goto(address)
+    page.locator("#q:focus").wait_for()
     page.keyboard.type("metformin sepsis")
     page.keyboard.press("Enter")
     page.wait_for_selector("article")

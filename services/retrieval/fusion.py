@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 RANK_OFFSET = 60  # k of reciprocal ranks, as Cormack et al. (2009) have it
+NOTHING = 1e-12  # a best score that is no more than rounding
 
 Numbers = NDArray[np.floating]
 Rows = NDArray[np.int64]
@@ -40,4 +41,4 @@ def best_first(scores: Numbers, rows: Rows, top_k: int) -> NDArray[np.intp]:
 
 def _relative(scores: Numbers) -> NDArray[np.float64]:
     best = float(scores.max(initial=0.0))
-    return scores.astype(np.float64) / best if best > 0 else np.zeros(len(scores))
+    return scores.astype(np.float64) / best if best > NOTHING else np.zeros(len(scores))

@@ -92,7 +92,7 @@ class Ranker:
         `vectors` is what `encode` has made of the queries.
         """
         tasks = [
-            Task(query, count, max(count, self._settings.candidates), self._filters.allowed(query.filters))
+            Task(query, count, self._depth(query, count), self._filters.allowed(query.filters))
             for query, count in zip(queries, counts, strict=True)
         ]
         if by_vectors := [task for task in tasks if task.query.mode != "bm25"]:
@@ -108,6 +108,10 @@ class Ranker:
         with STAGE_SECONDS.labels("fuse").time():
             fused = iter(self._fused(both))
             return [next(fused) if task.query.mode == "hybrid" else _alone(task) for task in tasks]
+
+    def _depth(self, query: Query, count: int) -> int:
+        """How many rows of each ranking a query needs."""
+        return max(count, self._settings.candidates) if query.mode == "hybrid" else count
 
     def _search(self, tasks: Sequence[Task]) -> None:
         """Give each task its nearest rows. Tasks of one depth go together: an approximate search depends on it."""
