@@ -35,6 +35,7 @@ from corpora import publish_corpus
 from numpy.typing import NDArray
 
 from services.retrieval.build import build
+from services.retrieval.encoder import Begun
 from services.retrieval.query import Mode, Query
 from services.retrieval.ranking import Encodes, Parts, Ranker
 from services.retrieval.search import Searcher
@@ -87,7 +88,7 @@ class Remembered:
     def __init__(self, encoder: Any, texts: Sequence[str]) -> None:
         self._vectors = dict(zip(texts, encoder.encode(texts), strict=True))
 
-    def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
+    def encode(self, texts: Sequence[str], begun: Begun | None = None) -> NDArray[np.float32]:
         """The vectors of texts that were given before."""
         return np.stack([self._vectors[text] for text in texts])
 

@@ -6,7 +6,7 @@ import itertools
 import os
 import socket
 import threading
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -107,12 +107,14 @@ async def until_ready(url: str) -> None:
 class WordSearcher:
     """Finds the papers that share most words with the query: all that the service needs of a searcher, no model."""
 
+    overlaps = False
+
     def __init__(self, papers: Sequence[Paper] = PAPERS, version: str = "one") -> None:
         self.papers = papers
         self.asked: list[Query] = []
         self.manifest = Manifest("index", len(papers), {}, {}, {"corpus": version})
 
-    def encode(self, queries: Sequence[Query]) -> None:
+    def encode(self, queries: Sequence[Query], begun: Callable[[], object]) -> None:
         """Nothing: no query has a vector."""
 
     def search_each(self, queries: Sequence[Query], vectors: None = None) -> list[list[Hit]]:
@@ -155,7 +157,7 @@ class SlowSearcher(WordSearcher):
         self.entered, self.ahead, self.go = threading.Event(), threading.Event(), threading.Event()
         self.batches: list[list[str]] = []
 
-    def encode(self, queries: Sequence[Query]) -> None:
+    def encode(self, queries: Sequence[Query], begun: Callable[[], object]) -> None:
         """Nothing, but say that a batch has come this far."""
         if self.entered.is_set():
             self.ahead.set()

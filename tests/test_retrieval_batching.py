@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -22,7 +22,7 @@ class Echo:
 
     batches: list[int] = field(default_factory=list)
 
-    def encode(self, queries: Sequence[Query]) -> list[str]:
+    def encode(self, queries: Sequence[Query], begun: Callable[[], object]) -> list[str]:
         return [query.text for query in queries]
 
     def search_each(self, queries: Sequence[Query], vectors: Sequence[str] = ()) -> list[list[Hit]]:
@@ -76,11 +76,11 @@ class InTurns(Echo):
         self.second = threading.Event()
         self.encoded = 0
 
-    def encode(self, queries: Sequence[Query]) -> list[str]:
+    def encode(self, queries: Sequence[Query], begun: Callable[[], object]) -> list[str]:
         self.encoded += 1
         if self.encoded == 2:
             self.second.set()
-        return super().encode(queries)
+        return super().encode(queries, begun)
 
     def search_each(self, queries: Sequence[Query], vectors: Sequence[str] = ()) -> list[list[Hit]]:
         assert self.second.wait(30)

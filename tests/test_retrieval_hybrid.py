@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from retrieval_world import PAPERS, needs_minilm, settings_for
 
 from services.retrieval.build import build
+from services.retrieval.encoder import Begun
 from services.retrieval.filters import FilterIndex, write_filters
 from services.retrieval.flat_index import FlatIndex
 from services.retrieval.fusion import best_first, reciprocal_ranks, relative_sum
@@ -93,7 +94,7 @@ class DigestEncoder:
     def __init__(self) -> None:
         self.asked: list[str] = []
 
-    def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
+    def encode(self, texts: Sequence[str], begun: Begun | None = None) -> NDArray[np.float32]:
         self.asked += texts
         return np.stack([vector_of(text) for text in texts])
 

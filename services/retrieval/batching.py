@@ -1,10 +1,11 @@
 """Micro-batching: requests that wait together are encoded together and searched together.
 
 An asyncio task takes what waits, has it encoded in one thread and searched in another, and hands each request its own
-part. The next batch is encoded while one is searched, so that neither has to wait for the other's cores. An idle
-service answers at once: there is no waiting window. The queue is bounded in queries; when it is full, `QueueFull` tells
-the caller to come back. Whoever has waited longer than its deadline hears `DeadlinePassed`; whoever no longer waits
-leaves the queue. Searching twice at once never happens.
+part. The next batch begins to be encoded as soon as the cores have the last of the one before, and is encoded while
+that is searched: no core waits for another, nor for this task. An idle service answers at once: there is no waiting
+window. The queue is bounded in queries; when it is full, `QueueFull` tells the caller to come back. Whoever has waited
+longer than its deadline hears `DeadlinePassed`; whoever no longer waits leaves the queue. Searching twice at once never
+happens.
 
 Fair: of each batch a request gets SHARE queries, more only when others leave room, and a request that has not got all
 goes to the end of the queue; so one of hundreds of queries is answered in several batches, and small ones between.
@@ -13,7 +14,7 @@ is one searcher's. An error of a batch goes to the requests that also fail alone
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from functools import partial
@@ -63,13 +64,13 @@ class DeadlinePassed(Busy):
 class SearchesEach(Protocol):
     """What a batch needs of a searcher."""
 
-    def encode(self, queries: Sequence[Query]) -> Any: ...
+    def encode(self, queries: Sequence[Query], begun: Callable[[], object]) -> Any: ...
 
     def search_each(self, queries: Sequence[Query], vectors: Any = None) -> list[list[Hit]]: ...
 
 
 class Engine(Protocol):
-    """A searcher, the one thread in which it searches and the one in which it encodes."""
+    """A searcher, the one thread in which it searches, and those in which it encodes: as many as it can use."""
 
     @property
     def searcher(self) -> SearchesEach: ...
@@ -140,7 +141,7 @@ class Batcher:
         """Answer batch after batch, until cancelled."""
         loop = asyncio.get_running_loop()
         async with asyncio.TaskGroup() as group:
-            searched: asyncio.Task[None] | None = None
+            before: asyncio.Task[None] | None = None
             while True:
                 await self._arrived.wait()
                 parts = self._take()
@@ -149,18 +150,23 @@ class Batcher:
                 for part in parts:
                     if not part.job.hits:
                         WAIT_SECONDS.observe(loop.time() - part.job.since)
-                started = loop.time()
-                vectors = await _encode(parts)
-                if searched is not None:
-                    await searched
-                if wanted := [part for part in parts if not part.job.answer.done()]:
-                    searched = group.create_task(self._search(wanted, vectors, started))
+                vectors, begun = _encode(parts)
+                work = group.create_task(self._search(parts, vectors))
+                await begun.wait()
+                if before is not None:
+                    await before
+                before = work
 
-    async def _search(self, parts: Sequence[Part], vectors: asyncio.Future[Any], started: float) -> None:
-        """Answer a batch whose queries have been encoded since `started`."""
-        await _answer(parts, vectors)
-        self._adapt(sum(len(part.queries) for part in parts), asyncio.get_running_loop().time() - started)
-        for part in parts:
+    async def _search(self, parts: Sequence[Part], vectors: asyncio.Future[Any]) -> None:
+        """Answer a batch that is being encoded."""
+        started = asyncio.get_running_loop().time()
+        await asyncio.wait([vectors])
+        wanted = [part for part in parts if not part.job.answer.done()]
+        if not wanted:
+            return
+        await _answer(wanted, vectors)
+        self._adapt(sum(len(part.queries) for part in wanted), asyncio.get_running_loop().time() - started)
+        for part in wanted:
             if part.job.left and not part.job.answer.done():
                 self._enter(part.job)
 
@@ -208,13 +214,14 @@ class Batcher:
             self._arrived.clear()
 
 
-async def _encode(parts: Sequence[Part]) -> asyncio.Future[Any]:
-    """What `search_each` takes for the queries of all parts, or why there is none."""
-    engine = parts[0].job.engine
+def _encode(parts: Sequence[Part]) -> tuple[asyncio.Future[Any], asyncio.Event]:
+    """What `search_each` takes for the queries of all parts, or why there is none; and when the next may begin."""
+    engine, loop, begun = parts[0].job.engine, asyncio.get_running_loop(), asyncio.Event()
     queries = [query for part in parts for query in part.queries]
-    done = asyncio.get_running_loop().run_in_executor(engine.encoding, engine.searcher.encode, queries)
-    await asyncio.wait([done])
-    return done
+    tell = partial(loop.call_soon_threadsafe, begun.set)
+    done = loop.run_in_executor(engine.encoding, engine.searcher.encode, queries, tell)
+    done.add_done_callback(lambda _: begun.set())
+    return done, begun
 
 
 async def _answer(parts: Sequence[Part], vectors: asyncio.Future[Any]) -> None:
@@ -234,7 +241,9 @@ async def _answer(parts: Sequence[Part], vectors: asyncio.Future[Any]) -> None:
             _put(part.job, [next(found) for _ in part.queries])
     elif len(parts) > 1:
         for part in parts:
-            await _answer([part], await _encode([part]))
+            vectors, _ = _encode([part])
+            await asyncio.wait([vectors])
+            await _answer([part], vectors)
     elif not parts[0].job.answer.done():
         parts[0].job.answer.set_exception(error)
 

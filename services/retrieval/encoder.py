@@ -10,7 +10,7 @@ ever run. Heavy packages are imported when an encoder is opened, not before.
 import importlib.util
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +26,7 @@ from shared.settings import EncoderSettings, Settings
 
 Vectors = npt.NDArray[np.float32]
 Runtime = Literal["torch", "openvino"]
+Begun = Callable[[], object]
 
 GRAPH = "encoder.xml"  # in a folder that has one, OpenVINO encodes; made by `openvino_encoder.convert`
 # Files of a model folder that decide what a text becomes; a README or an ONNX copy does not.
@@ -51,11 +52,12 @@ class EncoderIdentity:
 
 
 class Encoder(ABC):
-    """A transformers encoder with one pooling. Not thread-safe; belongs to the thread that opened it."""
+    """A transformers encoder with one pooling. Not thread-safe, but see `encode`."""
 
     dim: int  # length of a vector
     card: int | None  # torch's number of the GPU that computes; None on a CPU
     batch_size: int
+    overlaps = False
 
     @staticmethod
     def for_queries(settings: Settings, folder: Path | None = None) -> "Encoder":
@@ -71,8 +73,12 @@ class Encoder(ABC):
         return _opened(settings, settings.retrieval.encoder.dtype, folder)
 
     @abstractmethod
-    def encode(self, texts: Sequence[str]) -> Vectors:
-        """Vectors of length 1, row i for text i, shape [len(texts), dim]."""
+    def encode(self, texts: Sequence[str], begun: Begun | None = None) -> Vectors:
+        """Vectors of length 1, row i for text i, shape [len(texts), dim].
+
+        An encoder that `overlaps` calls `begun` when it has begun with the last of the work: from then on a second
+        thread may encode further texts, on the cores that this call no longer fills.
+        """
 
 
 def identify(settings: Settings) -> EncoderIdentity:

@@ -1,7 +1,7 @@
 """One version of what is searched: a searcher, the threads in which it is made and used, and papers it found lately.
 
 Encoder, index and corpus are not thread-safe: they are made, warmed and used in the engine's thread, and in no other,
-but for queries that are encoded in a second one while those before them are searched.
+but for queries that are encoded in threads of their own while those before them are searched.
 When nobody refers to an engine any longer, its threads end by themselves and its memory is free.
 """
 
@@ -37,7 +37,10 @@ class Searches(Protocol):
     @property
     def manifest(self) -> Manifest: ...
 
-    def encode(self, queries: Sequence[Query]) -> Any: ...
+    @property
+    def overlaps(self) -> bool: ...
+
+    def encode(self, queries: Sequence[Query], begun: Callable[[], object]) -> Any: ...
 
     def search_each(self, queries: Sequence[Query], vectors: Any = None) -> list[list[Hit]]: ...
 
@@ -124,5 +127,5 @@ def _open(settings: Settings, open_searcher: OpenSearcher, thread: Executor, *, 
     searcher.search_each([Query(WARM_UP, 1, mode, highlight=True) for mode in MODES])
     searcher.find("")
     log.info("ready", seconds=round(time.monotonic() - started, 1), version=searcher.manifest.identity[:12])
-    encoding = ThreadPoolExecutor(1, thread_name_prefix="encode")
+    encoding = ThreadPoolExecutor(2 if searcher.overlaps else 1, thread_name_prefix="encode")
     return Engine(searcher, thread, encoding, seen, () if now else paths)

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ import structlog
 from numpy.typing import NDArray
 
 from services.retrieval.cores import cores
-from services.retrieval.encoder import GRAPH, Encoder, Vectors
+from services.retrieval.encoder import GRAPH, Begun, Encoder, Vectors
 from services.retrieval.recipe import REMEDY, damaged_file
 from services.retrieval.tokens import (
     TOKENIZER,
@@ -39,6 +40,7 @@ from shared.settings import Settings
 WEIGHTS = "encoder.bin"
 FILES = (GRAPH, WEIGHTS, TOKENIZER)
 BATCH_TOKENS = 512
+OVERLAP = 2  # calls of `encode` at once
 LEAST_TOKENS = 64  # fewer texts are spread over the streams in batches of at least so many tokens
 HINTS = {"float32": "f32", "bfloat16": "bf16"}
 
@@ -47,6 +49,7 @@ class OpenVinoEncoder(Encoder):
     """The converted encoder of a folder, in float32, bfloat16 or, for `auto`, what the processor multiplies in."""
 
     card = None
+    overlaps = True
 
     def __init__(self, folder: Path, dtype: str, settings: Settings) -> None:
         encoder = settings.retrieval.encoder
@@ -63,36 +66,47 @@ class OpenVinoEncoder(Encoder):
         except RuntimeError as error:
             raise ArtifactError(f"{folder / GRAPH} is no graph that OpenVINO can read; {REMEDY}") from error
         self.dim = int(self._graph.output(0).get_partial_shape()[1].get_length())
-        self._queue = self._queue_of(self._streams)
+        self._queues = self._queues_of(self._streams)
 
     @cached_property
-    def _alone(self) -> Any:
+    def _alone(self) -> "SimpleQueue[Any]":
         """All cores for one text: the same bits in less time, but the weights are in memory once more."""
-        return self._queue_of(1) if self._streams > 1 else self._queue
+        return self._queues_of(1) if self._streams > 1 else self._queues
 
-    def encode(self, texts: Sequence[str]) -> Vectors:
-        """Vectors of length 1, row i for text i, shape [len(texts), dim]."""
+    def encode(self, texts: Sequence[str], begun: Begun | None = None) -> Vectors:
+        """Vectors of length 1, row i for text i, shape [len(texts), dim]; see Encoder."""
         vectors = np.empty((len(texts), self.dim), dtype=np.float32)
-        queue = self._alone if len(texts) == 1 else self._queue
-        for first, tokens in tokenised(self._tokenizer, texts):
-            lengths = [len(ids) for ids in tokens]
-            for rows in batches_of_one_length(lengths, batch_tokens(lengths, self._streams)):
-                given = padded([tokens[row] for row in rows], self._padding, padded_length(lengths[rows[0]]))
-                # Waits for a free stream. OpenVINO reads the inputs where they are, so they are held until then.
-                queue.start_async(list(given), (vectors, np.array(rows) + first, given), share_inputs=True)
-        queue.wait_all()
+        queues = self._alone if len(texts) == 1 else self._queues
+        queue = queues.get()
+        try:
+            for first, tokens in tokenised(self._tokenizer, texts):
+                lengths = [len(ids) for ids in tokens]
+                for rows in batches_of_one_length(lengths, batch_tokens(lengths, self._streams)):
+                    given = padded([tokens[row] for row in rows], self._padding, padded_length(lengths[rows[0]]))
+                    # Waits for a free stream. OpenVINO reads the inputs where they are, so they are held until then.
+                    queue.start_async(list(given), (vectors, np.array(rows) + first, given), share_inputs=True)
+            if begun is not None:
+                begun()
+            queue.wait_all()
+        finally:
+            queues.put(queue)
         return vectors
 
-    def _queue_of(self, streams: int) -> Any:
+    def _queues_of(self, streams: int) -> "SimpleQueue[Any]":
+        """Two queues of work on the same streams, so that the streams go on when one call waits for its last batch."""
         hints = {
             "PERFORMANCE_HINT": "THROUGHPUT",
             "NUM_STREAMS": streams,
             "INFERENCE_NUM_THREADS": self._streams,
             "INFERENCE_PRECISION_HINT": HINTS[self.dtype],
         }
-        queue = self._openvino.AsyncInferQueue(self._core.compile_model(self._graph, "CPU", hints), streams)
-        queue.set_callback(_keep)
-        return queue
+        model = self._core.compile_model(self._graph, "CPU", hints)
+        queues: SimpleQueue[Any] = SimpleQueue()
+        for _ in range(OVERLAP):
+            queue = self._openvino.AsyncInferQueue(model, streams)
+            queue.set_callback(_keep)
+            queues.put(queue)
+        return queues
 
 
 def batch_tokens(lengths: Sequence[int], streams: int) -> int:

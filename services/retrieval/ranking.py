@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from prometheus_client import Histogram
 
+from services.retrieval.encoder import Begun
 from services.retrieval.filters import FilterIndex
 from services.retrieval.fusion import best_first, reciprocal_ranks, relative_sum
 from services.retrieval.index import VectorIndex
@@ -37,7 +38,7 @@ TextVectors = Mapping[str, Vectors]  # text → its vector, shape [dim]
 class Encodes(Protocol):
     """What ranking needs of an encoder."""
 
-    def encode(self, texts: Sequence[str]) -> Vectors: ...
+    def encode(self, texts: Sequence[str], begun: Begun | None = None) -> Vectors: ...
 
 
 class Parts(NamedTuple):
@@ -78,13 +79,13 @@ class Ranker:
         self._encoder, self._vectors, self._words, self._filters = parts
         self._settings = settings
 
-    def encode(self, queries: Sequence[Query]) -> TextVectors:
-        """The vectors of the queries that are searched by them; equal texts are encoded once."""
+    def encode(self, queries: Sequence[Query], begun: Begun | None = None) -> TextVectors:
+        """The vectors of the queries that are searched by them; equal texts are encoded once. `begun` as in Encoder."""
         texts = list(dict.fromkeys(query.text for query in queries if query.mode != "bm25"))
         if not texts:
             return {}
         with STAGE_SECONDS.labels("encode").time():
-            return dict(zip(texts, self._encoder.encode(texts), strict=True))
+            return dict(zip(texts, self._encoder.encode(texts, begun), strict=True))
 
     def rank(self, queries: Sequence[Query], counts: Sequence[int], vectors: TextVectors) -> list[list[Ranked]]:
         """The best rows of each query, best first: as many as its count, fewer when fewer can be found.

@@ -19,7 +19,7 @@ from prometheus_client import Gauge
 
 from services.retrieval import filters, words
 from services.retrieval.batching import BATCH_QUERIES
-from services.retrieval.encoder import Encoder, identify
+from services.retrieval.encoder import Begun, Encoder, identify
 from services.retrieval.highlights import best_sentence
 from services.retrieval.placement import open_vectors
 from services.retrieval.query import Query
@@ -77,9 +77,14 @@ class Searcher:
         """The best papers of each text, best first, as the settings have it; fewer than top_k if fewer can be found."""
         return self.search_each([Query.plain(text, self._settings, top_k) for text in texts])
 
-    def encode(self, queries: Sequence[Query]) -> TextVectors:
-        """The first half of `search_each`, for its `vectors`."""
-        return self._ranker.encode(queries)
+    @property
+    def overlaps(self) -> bool:
+        """Whether a second thread may `encode` when the first has said that it has begun with its last."""
+        return self.encoder.overlaps
+
+    def encode(self, queries: Sequence[Query], begun: Begun | None = None) -> TextVectors:
+        """The first half of `search_each`, for its `vectors`; `begun` as in Encoder."""
+        return self._ranker.encode(queries, begun)
 
     def search_each(self, queries: Sequence[Query], vectors: TextVectors | None = None) -> list[list[Hit]]:
         """The best papers of each query, all encoded and searched together; `vectors` are those of `encode`.

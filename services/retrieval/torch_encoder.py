@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from services.retrieval.cores import cores
-from services.retrieval.encoder import Encoder, Vectors, not_loadable
+from services.retrieval.encoder import Begun, Encoder, Vectors, not_loadable
 from services.retrieval.tokens import (
     Tokens,
     batches_by_tokens,
@@ -54,7 +54,7 @@ class TorchEncoder(Encoder):
         self._model = load_model(reference, precision(dtype, self._device)).to(self._device)
         self.dim: int = self._model.config.hidden_size
 
-    def encode(self, texts: Sequence[str]) -> Vectors:
+    def encode(self, texts: Sequence[str], begun: Begun | None = None) -> Vectors:
         """Vectors of length 1, row i for text i, shape [len(texts), dim]."""
         import torch
 

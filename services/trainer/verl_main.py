@@ -1,11 +1,13 @@
-"""verl's own `main_ppo`, as a child that ends when its parent ends, however the parent dies.
+"""verl's own `main_ppo` in one process, a child that ends when its parent ends, however the parent dies.
 
 Started by train.py with verl's overrides as arguments; not meant to be called by hand.
 """
 
 import ctypes
+import os
 import signal
 import sys
+from types import SimpleNamespace
 
 PR_SET_PDEATHSIG = 1
 
@@ -17,8 +19,25 @@ def die_with_parent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
+def main() -> None:
+    """verl's `main`, but its TaskRunner runs here: as an actor it would import everything once more."""
+    import ray
+    from omegaconf import DictConfig
+    from verl.trainer import main_ppo
+
+    runner = main_ppo.TaskRunnerV1.__ray_metadata__.modified_class()
+
+    def run(config: DictConfig) -> "ray.ObjectRef[None]":
+        os.environ.update(ray.get_runtime_context().runtime_env["env_vars"])
+        runner.run(config)
+        return ray.put(None)
+
+    # What verl calls of an actor class, `remote()`, and of its actor, `run.remote(config)`.
+    actor = SimpleNamespace(run=SimpleNamespace(remote=run))
+    main_ppo.TaskRunnerV1 = SimpleNamespace(remote=lambda: actor)
+    main_ppo.main()
+
+
 if __name__ == "__main__":
     die_with_parent()
-    from verl.trainer.main_ppo import main
-
     main()
