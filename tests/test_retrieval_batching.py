@@ -104,6 +104,40 @@ def test_the_next_batch_is_encoded_while_one_is_searched() -> None:
     assert engine.searcher.batches == [1, 1]
 
 
+class Overlaps(Echo):
+    """Ends the encoding of its first batch only when that of the second has begun."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second = threading.Event()
+        self.encoded = 0
+
+    def encode(self, queries: Sequence[Query], begun: Callable[[], object]) -> list[str]:
+        self.encoded += 1
+        if self.encoded == 2:
+            self.second.set()
+        begun()
+        assert self.second.wait(30)
+        return super().encode(queries, begun)
+
+
+def test_the_next_batch_is_encoded_as_soon_as_the_last_of_one_has_begun() -> None:
+    async def ask(engine: Engine) -> None:
+        batcher = Batcher(queue_queries=100)
+        worker = asyncio.create_task(batcher.run())
+        first = asyncio.create_task(batcher.search(engine, queries(1, 1), within_s=60))
+        while not engine.searcher.encoded:  # noqa: ASYNC110 -- seen in another thread only
+            await asyncio.sleep(0)
+        found = await batcher.search(engine, queries(2, 1), within_s=60)
+        assert [hit.paper.pmid for (hit,) in [*await first, *found]] == ["1/0", "2/0"]
+        worker.cancel()
+
+    with ThreadPoolExecutor(1) as thread, ThreadPoolExecutor(2) as encoding:
+        engine = Engine(thread, encoding, Overlaps())
+        asyncio.run(ask(engine))
+    assert engine.searcher.batches == [1, 1]
+
+
 def test_a_queue_that_nobody_empties_is_full_then_free_again_when_deadlines_pass() -> None:
     async def ask() -> None:
         batcher = Batcher(queue_queries=10)

@@ -151,16 +151,18 @@ class Batcher:
                     if not part.job.hits:
                         WAIT_SECONDS.observe(loop.time() - part.job.since)
                 vectors, begun = _encode(parts)
-                work = group.create_task(self._search(parts, vectors))
+                work = group.create_task(self._search(parts, vectors, before))
                 await begun.wait()
                 if before is not None:
                     await before
                 before = work
 
-    async def _search(self, parts: Sequence[Part], vectors: asyncio.Future[Any]) -> None:
-        """Answer a batch that is being encoded."""
+    async def _search(
+        self, parts: Sequence[Part], vectors: asyncio.Future[Any], before: asyncio.Task[None] | None
+    ) -> None:
+        """Answer a batch that is being encoded, after the one before; whoever has given up until then is left out."""
         started = asyncio.get_running_loop().time()
-        await asyncio.wait([vectors])
+        await asyncio.wait([vectors, before] if before else [vectors])
         wanted = [part for part in parts if not part.job.answer.done()]
         if not wanted:
             return
