@@ -86,6 +86,10 @@ class GenerationEngine:
             )
         options: dict[str, Any] = {"temperature": max(float(temperature), GREEDY_TEMPERATURE)}
         if regex is not None:
+            try:
+                self._masks.check(regex)  # an error in the generation thread would end it for everybody
+            except ValueError as error:
+                raise GenerationError(str(error)) from error
             options[GrammarMasks.option] = regex
         if seed is not None:
             options[SeededDraws.option] = draw_key(seed, token_ids)

@@ -83,6 +83,23 @@ def gpus() -> Gpus | None:
         pynvml.nvmlShutdown()
 
 
+def energy_joules() -> float | None:
+    """What the GPUs of this process have used since their driver was loaded, in joules; None where none reports it."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    try:
+        cards = _handles(os.environ.get("CUDA_VISIBLE_DEVICES"))
+        return float(sum(pynvml.nvmlDeviceGetTotalEnergyConsumption(card) for card in cards)) / 1000  # they tell mJ
+    except pynvml.NVMLError:  # cards before Volta do not count it
+        return None
+    finally:
+        pynvml.nvmlShutdown()
+
+
 def _handles(visible: str | None) -> Iterator[Any]:
     """The cards in CUDA's own way of reading CUDA_VISIBLE_DEVICES: numbers or UUIDs, up to the first unknown one."""
     import pynvml

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 PREFIX = "DRZERO_"
 PROFILE_DIR = Path(__file__).parent / "profiles"
 LISTS = frozenset(
-    {"hop_ratio", "seed_mesh", "seed_keywords", "exclude_pmids", "languages", "exclude_publication_types"}
+    {"hop_ratio", "seed_mesh", "seed_keywords", "exclude_pmids", "languages", "exclude_publication_types", "sets"}
 )
 
 Port = Annotated[int, Field(ge=1, le=65535)]
@@ -52,6 +52,7 @@ class StorageSettings(Section):
     data_dir: Path = Field(Path("data"), description="Kept files: corpus, index, runs, final weights.")
     scratch_dir: Path = Field(Path("scratch"), description="Checkpoints and caches; safe to delete.")
     min_free_gb: float = Field(2.0, ge=0, description="A stage refuses to start with less free disk than this, in GB.")
+    budget_gb: float = Field(15.0, ge=0, description="Most that the kept files may take, in GB; 0: no limit.")
 
 
 class LogSettings(Section):
@@ -339,6 +340,45 @@ class GuardSettings(Section):
     flat_steps: Count = Field(5, description="Steps without any variance in the groups after which the run says so.")
 
 
+class QuestionSettings(Section):
+    """Questions that a trained proposer writes for the solver's training, and how they are verified."""
+
+    papers: Count = Field(
+        400, description="Papers of each round from which questions are written; never among the proposer's seeds."
+    )
+    candidates: Count = Field(4, description="Questions that the proposer writes about each paper.")
+    tries: Count = Field(
+        3, description="Answers of the round's solver to a candidate with the evidence before it, and as many without."
+    )
+    min_with_evidence: int = Field(1, ge=0, description="Of these, right ones that a candidate needs with evidence.")
+    max_without: int = Field(0, ge=0, description="Right ones that it may have without: more are known by heart.")
+    evidence_tokens: Count = Field(1024, description="The evidence before a question is cut to this many tokens.")
+    held_out_share: Share = Field(0.1, description="Share of the papers whose questions are kept for evaluation.")
+    likeness: float = Field(0.8, gt=0, le=1, description="Of two questions more alike than this one is dropped.")
+
+
+class SolverTrainingSettings(Section):
+    """The solver's own training: GRPO on the round's questions. Turns and their lengths are those of an attempt."""
+
+    steps: Count = Field(50, description="Optimizer steps.")
+    prompts_per_step: Count = Field(64, description="Questions per step.")
+    rollouts_per_prompt: int = Field(5, ge=2, description="Answers per question: the group size of GRPO.")
+    eval_questions: Count = Field(32, description="Kept-out questions answered before and after, at most.")
+    prompt_tokens: Count = Field(1024, description="Longest prompt, tool schema included.")
+    temperature: float = Field(1.0, ge=0, description="Sampling temperature of the answers.")
+    learning_rate: float = Field(1e-6, gt=0, description="AdamW's step size.")
+
+
+class EvaluationSettings(Section):
+    """What base and rounds are evaluated on, beside the questions that a round has kept out."""
+
+    sets: tuple[Path, ...] = Field(
+        (), description="Files of questions: PubMedQA's or BioASQ's JSON, or JSON lines; their papers are never seeds."
+    )
+    most: Count | None = Field(None, description="Questions of each set that are asked, the first ones; none: all.")
+    concurrency: Count = Field(64, description="Questions in flight at once.")
+
+
 class ActorSettings(Section):
     """The model that is trained and how verl updates it."""
 
@@ -395,6 +435,13 @@ class ActorSettings(Section):
 class TrainerSettings(Section):
     """Seeds, rollouts, reward, updates and evaluation of one run."""
 
+    iterations: Count = Field(
+        1, description="Rounds of a run; in each a proposer is trained, then a solver on that proposer's questions."
+    )
+    round: Count = Field(1, description="Round that a process works for; the driver sets it.")
+    role: Literal["proposer", "solver"] = Field(
+        "proposer", description="Model that a process trains; the driver sets it."
+    )
     run: str = Field("demo", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="Name of the run's folder.")
     seed: int = Field(42, ge=0, description="Seed of everything that draws at random.")
     host: str = Field("127.0.0.1", description="Address of the status endpoint.")
@@ -463,10 +510,14 @@ class TrainerSettings(Section):
     ray_address: str | None = Field(
         None, description="Ray cluster to join (host:port); without it Ray is started on this machine for the run."
     )
+    price_per_hour: float = Field(0.0, ge=0, description="What an hour of this machine costs; 0: no cost is recorded.")
     restarts: int = Field(2, ge=0, description="How often training that crashed is resumed before the run stops.")
     actor: ActorSettings = ActorSettings()
     reward: RewardSettings = RewardSettings()
     guards: GuardSettings = GuardSettings()
+    questions: QuestionSettings = QuestionSettings()
+    solver: SolverTrainingSettings = SolverTrainingSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
 
     @property
     def rollouts_per_card(self) -> int:
@@ -570,6 +621,33 @@ def build_settings(environ: Mapping[str, str]) -> Settings:
         return Settings.model_validate(values)
     except ValidationError as error:
         raise SettingsError(_explain(error, profile)) from error
+
+
+def changed(settings: Settings, changes: Mapping[str, Any]) -> Settings:
+    """`settings` with other values by dotted name, e.g. {"trainer.actor.model": "/models/x"}; validated again."""
+    values = settings.model_dump()
+    for name, value in changes.items():
+        *sections, last = name.split(".")
+        section = values
+        for key in sections:
+            section = section[key]
+        section[last] = value
+    return Settings.model_validate(values)
+
+
+def as_environment(settings: Settings) -> dict[str, str]:
+    """The variables from which `build_settings` makes these settings again, for a child process."""
+    values = settings.model_dump(mode="json")
+
+    def text(path: tuple[str, ...]) -> str:
+        value: Any = values
+        for key in path:
+            value = value[key]
+        if value is None:
+            return ""
+        return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+    return {name: text(path) for name, path in known_variables().items()}
 
 
 @cache

@@ -27,6 +27,13 @@ class GrammarMasks:
         self._matchers: dict[str, tuple[Any, int]] = {}  # request → (matcher, tokens it has accepted)
         self._bitmask: Any = None
 
+    def check(self, regex: str) -> None:
+        """Raise ValueError for an expression that cannot be compiled; one that can is compiled then."""
+        try:
+            self._grammar_compiler().compile_regex(regex)
+        except RuntimeError as error:
+            raise ValueError(f"expected a regular expression that xgrammar reads, found {regex!r} ({error})") from error
+
     def forget(self, request_id: str) -> None:
         """Drop the state of a finished request."""
         self._matchers.pop(request_id, None)

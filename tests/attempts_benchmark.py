@@ -18,8 +18,9 @@ from typing import Any
 from model_services import Fault, Reply, chat_reply, search_reply, slowly, watched
 
 from services.trainer.attempts import Attempts
+from services.trainer.conversations import Conversations
 from shared.clients import SearchClient, SolverClient
-from shared.settings import RewardSettings
+from shared.settings import Settings, changed
 
 TURNS = 2
 CALL = '<tool_call>{"name": "search", "arguments": {"query_list": ["metformin AMPK"]}}</tool_call>'
@@ -55,14 +56,13 @@ def serve(pipe: Connection, delay: float) -> None:
 
 async def attempt_all(url: str, *, questions: int, attempts: int, concurrency: int) -> float:
     """Seconds that all attempts at all questions take."""
-    settings = RewardSettings(concurrency=concurrency, attempt_deadline_s=3600, question_deadline_s=3600)
+    limits = {"concurrency": concurrency, "attempt_deadline_s": 3600, "question_deadline_s": 3600}
+    settings = changed(Settings(), {f"trainer.reward.{name}": value for name, value in limits.items()})
     async with (
         SolverClient(url, patience_s=60, connections=concurrency) as solver,
         SearchClient(url, patience_s=60, connections=concurrency) as search,
     ):
-        runner = Attempts(
-            solver, search, settings, model="m", prompts="full-v1", top_k=3, context_tokens=3072, tokens=Words()
-        )
+        runner = Attempts(Conversations(solver, search, Words()), settings)
         started = time.perf_counter()
         answered = await asyncio.gather(*[runner.answer(f"Question {n}?", range(attempts)) for n in range(questions)])
         seconds = time.perf_counter() - started

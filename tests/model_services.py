@@ -111,9 +111,9 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def watched(answer: Answer) -> Iterator[Service]:
+def watched(answer: Answer, *, handler: type[Handler] | None = None) -> Iterator[Service]:
     """A server that answers POSTs by `answer(path, body)`, with its counts."""
-    service = Service(answer)
+    service = Service(answer, handler=handler)
     thread = threading.Thread(target=service.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
     try:

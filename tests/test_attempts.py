@@ -32,11 +32,12 @@ from model_services import (
     watched,
 )
 
-from services.trainer.attempts import Attempts, queries_of
+from services.trainer.attempts import Attempts
+from services.trainer.conversations import Conversations, queries_of
 from services.trainer.protocol import last_turn_note
 from shared.clients import SearchClient, SolverClient
 from shared.records import Attempt
-from shared.settings import RewardSettings
+from shared.settings import Settings, changed
 
 CHAT = "/v1/chat/completions"
 QUESTION = "Which kinase does metformin activate?"
@@ -59,25 +60,23 @@ def call_for(*queries: str) -> str:
     return f"<think>I search.</think><tool_call>{json.dumps(call)}</tool_call>"
 
 
+def settings_for(*, context: int = 3000, **knobs: Any) -> Settings:
+    """Settings of attempts, by the names of the reward's."""
+    reward = {f"trainer.reward.{name}": value for name, value in knobs.items()}
+    return changed(Settings(), {"solver.context_tokens": context, "trainer.search_top_k": 2, **reward})
+
+
 async def attempt(
     solver: str, search: str, knobs: dict[str, Any], questions: Sequence[Sequence[int]], *, context: int = 3000
 ) -> list[list[Attempt]]:
     """The attempts at several questions at once: one list of seeds per question."""
-    reward = RewardSettings(**{**KNOBS, **knobs})
+    made = settings_for(context=context, **{**KNOBS, **knobs})
+    connections = made.trainer.reward.concurrency
     async with (
-        SolverClient(solver, patience_s=60.0, connections=reward.concurrency) as solver_client,
-        SearchClient(search, patience_s=60.0, connections=reward.concurrency) as search_client,
+        SolverClient(solver, patience_s=60.0, connections=connections) as solver_client,
+        SearchClient(search, patience_s=60.0, connections=connections) as search_client,
     ):
-        attempts = Attempts(
-            solver_client,
-            search_client,
-            reward,
-            model="solver",
-            prompts="full-v1",
-            top_k=2,
-            context_tokens=context,
-            tokens=Words(),
-        )
+        attempts = Attempts(Conversations(solver_client, search_client, Words()), made)
         return await asyncio.gather(*[attempts.answer(QUESTION, seeds) for seeds in questions])
 
 
@@ -203,8 +202,7 @@ def test_a_cancelled_question_gives_its_places_back() -> None:
 
     async def work(url: str) -> list[Attempt]:
         async with SolverClient(url, patience_s=9.0) as solver, SearchClient(url, patience_s=9.0) as search:
-            parts: dict[str, Any] = {"model": "m", "prompts": "full-v1", "top_k": 1, "context_tokens": 3000}
-            attempts = Attempts(solver, search, RewardSettings(concurrency=1), tokens=Words(), **parts)
+            attempts = Attempts(Conversations(solver, search, Words()), settings_for(concurrency=1))
             first = asyncio.create_task(attempts.answer(QUESTION, [1, 1, 1]))
             await asyncio.to_thread(asked.wait, 10.0)
             first.cancel()

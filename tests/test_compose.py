@@ -159,5 +159,5 @@ def test_the_report_is_in_the_data_volume(stack: Stack, tmp_path: Path) -> None:
 
 
 def test_one_stage_runs_alone(stack: Stack) -> None:
-    said = stack.compose("run", "--rm", "trainer", "report", timeout_s=300)
+    said = stack.compose("run", "--rm", "trainer", "--from", "report", timeout_s=300)
     assert "report.html" in said

@@ -17,12 +17,12 @@ from model_services import Reply, chat_reply, serving
 from tiny_model import tiny_tokenizer
 
 from services.trainer import reward
-from services.trainer.attempts import TEMPLATE_TOKENS
+from services.trainer.conversations import TEMPLATE_TOKENS
 from services.trainer.judge import Surroundings, judge, worth_attempting
 from services.trainer.matching import exact_match
 from services.trainer.protocol import SEARCH_TOOL, prompt_file, proposer_messages, solver_messages
 from services.trainer.scores import Proposal, format_parts, format_score
-from services.trainer.solver_reward import compute_score
+from services.trainer.solver_reward import answer_parts
 from shared.records import Attempt, Seed
 from shared.settings import RewardSettings, TrainerSettings, build_settings, profiles
 from shared.transcript import search_calls
@@ -220,7 +220,7 @@ def test_both_rewards_call_the_same_answers_right(answer: str, gold: str) -> Non
     turn = TURN.replace("AMPK", gold)
     right = exact_match(answer, gold)
     assert judge(proposal(turn), attempts(answer, "x", "y"), BIOMEDICAL, AROUND)["attempts_correct"] == right
-    assert compute_score("search_biomedical_1", f"<answer>{answer}</answer>", gold)["score"] == right
+    assert answer_parts([f"<answer>{answer}</answer>"], [gold])["score"] == right
 
 
 # ---- prompts -------------------------------------------------------------------------------------------------------

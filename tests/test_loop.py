@@ -1,6 +1,6 @@
 """The whole loop as local processes, as `make demo` runs it: killed in the middle, resumed, finished, run again.
 
-One training of the real 135M model in the demo profile (about ten minutes on two cores), so it has the marker `slow`.
+One round with the real 135M model in the demo profile (some fifteen minutes on two cores), so it is marked `slow`.
 """
 
 import json
@@ -95,16 +95,16 @@ def finished(environ: dict[str, str]) -> Path:
 
 
 def test_every_step_is_there_once(finished: Path) -> None:
-    metrics = list(read_lines(finished / "training" / "metrics.jsonl"))
+    metrics = list(read_lines(finished / "proposer" / "training" / "metrics.jsonl"))
     assert [m["step"] for m in metrics if "actor/grad_norm" in m] == [1, 2, 3]
-    rollouts = list(read_lines(finished / "training" / "rollouts.jsonl"))
+    rollouts = list(read_lines(finished / "proposer" / "training" / "rollouts.jsonl"))
     assert sorted({r["step"] for r in rollouts}) == [1, 2, 3]
     counts = {"steps": 3, "rollouts": 24, "invalid": 0, "refused_batches": 0, "held_out": 8}
-    assert read_manifest(finished / "training", verify=True).counts == counts
+    assert read_manifest(finished / "proposer" / "training", verify=True).counts == counts
 
 
 def test_the_model_itself_searched_and_received_papers(finished: Path) -> None:
-    rollouts = list(read_lines(finished / "training" / "rollouts.jsonl"))
+    rollouts = list(read_lines(finished / "proposer" / "training" / "rollouts.jsonl"))
     searched = [r for r in rollouts if r["searches_made"] > 0]
     assert searched
     for rollout in searched:
@@ -115,16 +115,18 @@ def test_the_model_itself_searched_and_received_papers(finished: Path) -> None:
 
 
 def test_the_weights_really_changed(finished: Path) -> None:
-    change = json.loads((finished / "weights" / "change.json").read_text())
+    change = json.loads((finished / "proposer" / "weights" / "change.json").read_text())
     assert change["changed_tensors"] > 0.5 * change["tensors"]
     assert change["relative_change"] > 0
-    assert (finished / "weights" / "model.safetensors").is_file()
+    assert (finished / "proposer" / "weights" / "model.safetensors").is_file()
 
 
 def test_the_report_shows_questions_curves_and_times(finished: Path) -> None:
     page = (finished / "report" / "report.html").read_text()
     for part in (
-        "Held-out seeds",
+        "Before and after training",
+        "What the rounds have taught the solver",
+        "Base and round side by side",
         "Curves",
         "<svg",
         "Questions",
@@ -135,31 +137,44 @@ def test_the_report_shows_questions_curves_and_times(finished: Path) -> None:
     ):
         assert part in page
     result = json.loads((finished / "evaluation" / "evaluation.json").read_text())
-    assert result["before"]["score"]["count"] == result["after"]["score"]["count"] == 4
+    assert result["proposer"]["before"]["score"]["count"] == result["proposer"]["after"]["score"]["count"] == 4
+    assert result["sets"]["kept_out"]["round"]["questions"] > 0
+
+
+def test_the_solver_was_trained_on_verified_questions_and_is_served(finished: Path, environ: dict[str, str]) -> None:
+    counts = read_manifest(finished / "questions", verify=True).counts
+    assert counts["candidates"] == 48
+    assert counts["train"] >= 2
+    assert counts["held_out"] >= 1
+    training = read_manifest(finished / "solver" / "training", verify=True)
+    assert training.counts["rollouts"] == 4
+    assert training.made_from["seeds"] == read_manifest(finished / "solver" / "seeds").identity
+    note = json.loads((Path(environ["DRZERO_STORAGE__DATA_DIR"]) / "serving.json").read_text())
+    assert Path(note["weights"]) == (finished / "solver" / "weights").resolve()
 
 
 def test_a_second_run_reuses_every_stage_and_says_so(finished: Path, environ: dict[str, str]) -> None:
-    before = {path.name: path.readlink() for path in finished.iterdir() if path.is_symlink()}
+    before = {path: path.readlink() for path in finished.rglob("*") if path.is_symlink()}
     started = time.monotonic()
     again = Loop(environ)
     assert again.end() == 0
     assert time.monotonic() - started < 180
     text = "\n".join(again.lines)
-    for stage in ("seeds", "training", "weights", "evaluation", "report"):
+    for stage in ("seeds", "training", "weights", "questions", "solver's seeds", "evaluation", "report"):
         assert f"{stage} reused" in text
-    assert before == {path.name: path.readlink() for path in finished.iterdir() if path.is_symlink()}
+    assert before == {path: path.readlink() for path in finished.rglob("*") if path.is_symlink()}
 
 
 def test_a_changed_setting_remakes_what_depends_on_it_and_nothing_else(finished: Path, environ: dict[str, str]) -> None:
     changed = {**environ, "DRZERO_TRAINER__EVAL_SEEDS": "5", "DRZERO_TRAINER__RUN": "demo"}
     data = Path(environ["DRZERO_STORAGE__DATA_DIR"])
     kept = {name: (data / name).readlink() for name in ("corpus", "index")}
-    seeds = (finished / "seeds").readlink()
-    for command in (["services.ingest"], ["services.retrieval.build"], ["services.trainer", "seeds"]):
+    seeds = (finished / "proposer" / "seeds").readlink()
+    for command in (["services.ingest"], ["services.retrieval.build"], ["services.trainer", "--to", "seeds"]):
         run = [str(ROOT / ".venv" / "bin" / "python"), "-m", *command]
         subprocess.run(run, cwd=ROOT, env=changed, check=True, capture_output=True)
     assert {name: (data / name).readlink() for name in kept} == kept
-    assert (finished / "seeds").readlink() != seeds
+    assert (finished / "proposer" / "seeds").readlink() != seeds
 
 
 def event(line: str) -> Any:

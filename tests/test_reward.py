@@ -13,6 +13,7 @@ from tiny_model import tiny_tokenizer
 
 from services.trainer import reward
 from services.trainer.paths import run_paths
+from services.trainer.protocol import hop_of
 from shared.settings import Settings, build_settings
 
 TURN = "<think>x</think><question>Which enzyme does metformin act on?</question><answer>AMPK</answer>"
@@ -251,6 +252,6 @@ def test_attempt_seeds_are_the_same_for_the_same_question_and_differ_otherwise()
 
 @pytest.mark.parametrize("source", ["gsm8k", "search_biomedical_", "search_biomedical_x", "search_zero_2"])
 def test_an_unknown_data_source_is_an_error(source: str) -> None:
-    assert reward.hop_of("search_biomedical_3") == 3
+    assert hop_of("search_biomedical_3") == 3
     with pytest.raises(ValueError, match="search_biomedical_<hop>"):
-        reward.hop_of(source)
+        hop_of(source)

@@ -1,5 +1,6 @@
 """Seeds: who may be one, exact hops in every batch, prompts that fit as verl builds them, the same bytes again."""
 
+import json
 import os
 import subprocess
 import sys
@@ -21,6 +22,8 @@ from services.trainer.fitting import FittedSeed, fit_prompts, load_tokenizer, lo
 from services.trainer.paths import RunPaths
 from services.trainer.protocol import SEARCH_TOOL
 from services.trainer.seeds import (
+    barred_pmids,
+    draw_rows,
     draw_seeds,
     make_seeds,
     qualifying_rows,
@@ -33,11 +36,13 @@ from shared.files import read_manifest
 from shared.model_files import CHAT_TEMPLATE
 from shared.pmids import read_pmids
 from shared.records import Paper, Seed
-from shared.settings import TrainerSettings, build_settings
+from shared.settings import EvaluationSettings, QuestionSettings, TrainerSettings, build_settings
 
 NUMBERS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]
 PAPERS = [Paper(str(n), f"Paper {NUMBERS[n % 10]} {NUMBERS[n // 10]}", "word " * (20 + n)) for n in range(100) if n]
-SETTINGS = TrainerSettings(seeds=40, eval_seeds=10, prompts_per_step=4, min_abstract_words=30)
+SETTINGS = TrainerSettings(
+    seeds=40, eval_seeds=10, prompts_per_step=4, min_abstract_words=30, questions=QuestionSettings(papers=15)
+)
 NO_FILTER = TrainerSettings(min_abstract_words=0)
 NONE: frozenset[str] = frozenset()
 ROOT = Path(__file__).parents[1]
@@ -102,8 +107,52 @@ def test_held_out_papers_are_no_training_papers_and_short_abstracts_are_none() -
 
 
 def test_too_few_papers_are_named_with_reasons_and_a_remedy() -> None:
-    with pytest.raises(UsageError, match=r"expected 50 papers .* found 20 of 29 .*short_abstract 9.*_TRAINER__SEEDS "):
+    with pytest.raises(UsageError, match=r"expected 65 papers .* found 20 of 29 .*short_abstract 9.*ingest more"):
         draw_seeds(PAPERS[:29], SETTINGS, NONE)
+
+
+def rounds_of(settings: TrainerSettings, count: int) -> list[dict[str, set[int]]]:
+    """The rows of each split in rounds 1 to `count`, of rows 0 to 99."""
+    drawn = [draw_rows(range(100), settings.model_copy(update={"round": number})) for number in range(1, count + 1)]
+    return [{split: set(rows) for split, rows in one.items()} for one in drawn if one is not None]
+
+
+@given(seed=st.integers(0, 1000), papers=st.integers(1, 8), seeds=st.integers(4, 30), held_out=st.integers(1, 10))
+def test_rounds_share_held_out_papers_and_no_question_rests_on_a_paper_that_trained_a_proposer(
+    seed: int, papers: int, seeds: int, held_out: int
+) -> None:
+    questions = QuestionSettings(papers=papers)
+    chosen = TrainerSettings(seed=seed, seeds=seeds, eval_seeds=held_out, prompts_per_step=4, questions=questions)
+    rounds = rounds_of(chosen, 3)
+    assert rounds[:1] == rounds_of(chosen, 1)  # a further round changes no earlier one
+    trained: set[int] = set()
+    asked: set[int] = set()
+    for one in rounds:
+        assert [len(one[split]) for split in ("train", "held_out", "questions")] == [seeds, held_out, papers]
+        assert one["held_out"] == rounds[0]["held_out"]
+        assert not one["train"] & (one["held_out"] | asked)
+        trained |= one["train"]
+        assert not one["questions"] & (one["held_out"] | trained | asked)
+        asked |= one["questions"]
+
+
+def test_rounds_end_with_a_sentence_when_papers_run_out() -> None:
+    tight = SETTINGS.model_copy(update={"round": 3, "questions": QuestionSettings(papers=20)})
+    with pytest.raises(UsageError, match="after those that rounds before 3 have used"):
+        draw_seeds(PAPERS, tight, NONE)
+
+
+def test_papers_of_an_evaluation_set_are_never_drawn(tmp_path: Path) -> None:
+    drawn = draw_seeds(PAPERS, SETTINGS, NONE)
+    planted = [drawn.train[0].pmid, drawn.held_out[0].pmid, drawn.questions[0].pmid]
+    lines = [json.dumps({"question": "Why?", "answers": ["so"], "pmid": pmid}) for pmid in planted]
+    (tmp_path / "known.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    settings = SETTINGS.model_copy(update={"evaluation": EvaluationSettings(sets=(tmp_path / "known.jsonl",))})
+    barred = barred_pmids(settings)
+    assert barred == set(planted)
+    again = draw_seeds(PAPERS, settings, barred)
+    assert not barred & {seed.pmid for seed in [*again.train, *again.held_out, *again.questions]}
+    assert again.left_out["excluded"] == 3
 
 
 # --- which papers
@@ -291,7 +340,8 @@ def make(data: Path, model: str, name: str) -> Path:
     """Make the seeds of a run `name` and return their folder."""
     variables = {
         "SEEDS": 30, "EVAL_SEEDS": 10, "PROMPTS_PER_STEP": 4, "MIN_ABSTRACT_WORDS": 30, "PROMPT_TOKENS": 4000,
-        "DOCUMENT_TOKENS": 100, "ACTOR__MODEL": model, "SEED": 42, "EXCLUDE_PMIDS": data / "excluded.txt",
+        "DOCUMENT_TOKENS": 100, "ACTOR__MODEL": model, "SEED": 42, "QUESTIONS__PAPERS": 12,
+        "EXCLUDE_PMIDS": data / "excluded.txt",
     }  # fmt: skip
     settings = build_settings({f"DRZERO_TRAINER__{key}": str(value) for key, value in variables.items()})
     paths = RunPaths(kept=data / name, work=data / "work", corpus=data / "corpus", index=data / "index")

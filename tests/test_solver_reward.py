@@ -1,12 +1,8 @@
-"""The solver's reward: exact match of its own last answer, for known data sources only."""
-
-import json
+"""The solver's reward: exact match of its own last answer."""
 
 import pytest
 
-from services.trainer.solver_reward import compute_score
-
-SOURCE = "search_biomedical_2"
+from services.trainer.solver_reward import answer_parts
 
 
 @pytest.mark.parametrize(
@@ -20,34 +16,31 @@ SOURCE = "search_biomedical_2"
     ],
 )
 def test_the_last_answer_is_compared_after_normalisation(written: str, score: float) -> None:
-    verdict = compute_score(SOURCE, written, {"target": ["TP53"]})
-    assert verdict["score"] == verdict["exact_match"] == score
+    parts = answer_parts([written], ["TP53"])
+    assert parts["score"] == parts["exact_match"] == score
 
 
-@pytest.mark.parametrize("gold", ["TP53", ["MDM2", "TP53"], {"target": "TP53"}, {"target": ("TP53",)}])
-def test_every_form_of_gold_is_read(gold: object) -> None:
-    assert compute_score(SOURCE, "<answer>TP53</answer>", gold)["score"] == 1
+def test_the_last_answer_of_the_last_turn_that_has_one_counts() -> None:
+    assert (
+        answer_parts(["<answer>MDM2</answer>", "<answer>TP53</answer>", "<think>Done.</think>"], ["TP53"])["score"] == 1
+    )
+
+
+def test_any_of_several_gold_answers_is_right() -> None:
+    assert answer_parts(["<answer>TP53</answer>"], ["MDM2", "TP53"])["score"] == 1
 
 
 def test_a_synonym_is_measured_and_not_paid() -> None:
-    verdict = compute_score(SOURCE, "<answer>HER2</answer>", "ERBB2")
-    assert (verdict["score"], verdict["biomedical_match"]) == (0, 1)
+    parts = answer_parts(["<answer>HER2</answer>"], ["ERBB2"])
+    assert (parts["score"], parts["biomedical_match"]) == (0, 1)
 
 
-def test_an_answer_in_a_search_result_is_not_the_solvers() -> None:
-    result = "\nuser\n<tool_response>\n<answer>TP53</answer>\n</tool_response>\nassistant\n"
-    assert compute_score(SOURCE, f"<think>x</think>{result}I do not know.", "TP53")["answered"] == 0
-    info = {"trajectory": json.dumps({"turns": ["<answer>TP53</answer>"]})}
-    assert compute_score(SOURCE, "anything", "TP53", info)["score"] == 1
+def test_a_turn_without_an_answer_is_no_answer() -> None:
+    assert answer_parts(["I do not know."], ["TP53"])["answered"] == 0
+    assert answer_parts([], ["TP53"])["answered"] == 0
 
 
-@pytest.mark.parametrize("source", ["searchR1_nq", "search_zero_1", "search_biomedical"])
-def test_an_unknown_data_source_is_an_error_and_not_a_score(source: str) -> None:
-    with pytest.raises(ValueError, match="search_biomedical_<hop>"):
-        compute_score(source, "<answer>TP53</answer>", "TP53")
-
-
-@pytest.mark.parametrize("gold", ["", None, [], {"target": None}, [""]])
-def test_a_row_without_a_gold_answer_is_an_error(gold: object) -> None:
+@pytest.mark.parametrize("golds", [[], [""], ["TP53", ""]])
+def test_a_row_without_a_gold_answer_is_an_error(golds: list[str]) -> None:
     with pytest.raises(ValueError, match="gold answer"):
-        compute_score(SOURCE, "<answer></answer>", gold)
+        answer_parts(["<answer></answer>"], golds)

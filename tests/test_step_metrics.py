@@ -381,10 +381,10 @@ def test_counters_add_what_each_step_brings(page: httpx.Client) -> None:
 
 
 def test_health_names_the_stage_the_step_the_alarms_and_what_is_waited_for(page: httpx.Client) -> None:
-    status.show_stage("train")
+    status.show_stage("train", 2)
     status.show_step(3, {}, {})
     status.show_alarms([])
-    calm = {"status": "ok", "stage": "train", "step": 3, "alarms": [], "waiting": None}
+    calm = {"status": "ok", "stage": "train", "round": 2, "step": 3, "alarms": [], "waiting": None}
     assert page.get("/health").json() == calm
     found = alarms({3: {"actor/entropy": 0.0}}, GuardSettings())
     status.show_alarms(found)
@@ -403,5 +403,5 @@ def test_health_names_the_stage_the_step_the_alarms_and_what_is_waited_for(page:
 
 def test_only_the_stage_that_runs_is_marked(page: httpx.Client) -> None:
     for stage in ("seeds", "train"):
-        status.show_stage(stage)
+        status.show_stage(stage, 1)
     assert [key for key in series(page) if key[0] == "drzero_trainer_stage"] == [("drzero_trainer_stage", "train")]

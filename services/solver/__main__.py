@@ -13,7 +13,7 @@ import structlog
 from services.solver.sglang import sglang_command
 from shared.command import run
 from shared.gpu import self_test
-from shared.model_files import resolve_model
+from shared.serving import weights_to_serve
 from shared.settings import Settings
 from shared.sockets import listen
 
@@ -23,8 +23,8 @@ def main(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
     solver = settings.solver
     listener = listen("solver", solver.host, solver.port)
     self_test(settings, "solver", log)
-    folder = resolve_model(solver.model, settings)
-    log.info("solver starts", engine=solver.engine, model=solver.model, port=solver.port)
+    folder = weights_to_serve(settings)
+    log.info("solver starts", engine=solver.engine, model=folder, port=solver.port)
     if solver.engine == "sglang":
         command = sglang_command(solver, folder)
         # /health is asked every few seconds; by default SGLang generates a token each time.

@@ -1,8 +1,8 @@
 """The CPU solver: transformers' own OpenAI handlers, completed where they lack what we need.
 
-What transformers brings: request validation, chat templates, replies. What is added here: temperature and seed per
-request (its continuous batching takes the first request's temperature for all, its handlers seed the whole process), an
-end to the work for clients that hang up, a bounded queue (503 with Retry-After), /metrics, and
+What transformers brings: request validation, chat templates, replies. What is added here: temperature, seed and a
+regular expression per request (its continuous batching takes the first request's temperature for all, its handlers seed
+the whole process), an end to the work for clients that hang up, a bounded queue (503 with Retry-After), /metrics, and
 /update_weights_from_disk and /get_model_info with SGLang's request and reply.
 """
 
@@ -39,8 +39,9 @@ RETRY_AFTER_S = 1
 UNSERVED = {"n": 1, "best_of": 1, "stream": False, "stop": None, "top_p": 1, "logprobs": None, "echo": False}
 SEEDS = 2**63  # seeds lie below
 CLIENT_GONE = 499  # counted, never read
-# The seed of the request at hand: transformers' handlers have no place for it on the way to the engine.
+# Of the request at hand: transformers' handlers have no place for them on the way to the engine.
 SEED: ContextVar[int | None] = ContextVar("seed", default=None)
+REGEX: ContextVar[str | None] = ContextVar("regex", default=None)  # what the text must match, as SGLang takes it
 
 
 class WeightUpdate(BaseModel):
@@ -134,7 +135,9 @@ class EngineManager:
         temperature = 0.0 if gen_config.do_sample is False else (gen_config.temperature or 1.0)
         left = self._engine.context_tokens - len(prompt)
         budget = min(gen_config.max_new_tokens, left) if left > 0 else gen_config.max_new_tokens
-        done = await self._engine.generate(prompt, max_new_tokens=budget, temperature=temperature, seed=SEED.get())
+        done = await self._engine.generate(
+            prompt, max_new_tokens=budget, temperature=temperature, regex=REGEX.get(), seed=SEED.get()
+        )
         TOKENS.labels("prompt").inc(len(prompt))
         TOKENS.labels("new").inc(len(done.token_ids))
         return processor.decode(done.token_ids, skip_special_tokens=True), len(prompt), done.token_ids
@@ -152,6 +155,8 @@ def objection(body: Mapping[str, Any]) -> str:
     seed = body.get("seed")
     if seed is not None and not (type(seed) is int and 0 <= seed < SEEDS):  # True is an int too
         return f"expected 'seed' to be an integer from 0 to 2**63 - 1, found {seed!r}; mend it or leave it out"
+    if not isinstance(body.get("regex", ""), str):
+        return f"expected 'regex' to be a text, found {body['regex']!r}; mend it or leave it out"
     return ""
 
 
@@ -206,6 +211,7 @@ def create_app(solver: SolverSettings, folder: str) -> FastAPI:
             REQUESTS.labels(route, "400").inc()
             return JSONResponse({"error": {"message": message}}, status_code=400)
         SEED.set(body.pop("seed", None))
+        REGEX.set(body.pop("regex", None))
         status = "error"
         try:
             response = await unless_gone(request, work(body, request_id))

@@ -1,72 +1,132 @@
-"""The stages of a run, in order: `python -m services.trainer` runs all, `python -m services.trainer <stage>` one.
+"""A run, from its first round to its last: `python -m services.trainer [--from STAGE] [--to STAGE]`.
 
-A stage whose artifact is current (same settings, same inputs) is skipped and says so, so the same command starts,
-resumes and finishes a run.
+Each round trains a proposer and, on its questions, a solver, and evaluates both; `STAGES` has the stages of a round in
+order. A stage whose artifact is current (same settings, same inputs) is skipped and says so: the same command starts,
+resumes and finishes a run. What has finished stands in `runs/<run>/state.json` (`run_state.py`).
 """
 
 import argparse
 import fcntl
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import structlog
 
 from services.trainer import status
 from services.trainer.evaluate import evaluate
 from services.trainer.paths import RunPaths, run_paths
-from services.trainer.publish import publish_weights
+from services.trainer.publish import publish_solver, publish_weights
+from services.trainer.questions import make_questions
 from services.trainer.report import write_report
+from services.trainer.rounds import Role, proposer_settings, solver_settings
+from services.trainer.run_state import RunState
 from services.trainer.seeds import make_seeds
+from services.trainer.solver_seeds import make_solver_seeds
 from services.trainer.train import train
 from shared.command import UsageError, run
 from shared.gpu import self_test
 from shared.settings import Settings
 
-Stage = Callable[[Settings, RunPaths, structlog.stdlib.BoundLogger], None]
+Work = Callable[[Settings, RunPaths, structlog.stdlib.BoundLogger], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One stage of a round: whose settings it works with, what it does, and which artifact it leaves."""
+
+    role: Role
+    work: Work
+    artifact: Callable[[RunPaths], Path]
+
 
 STAGES: dict[str, Stage] = {
-    "seeds": make_seeds,
-    "train": train,
-    "publish": publish_weights,
-    "evaluate": evaluate,
-    "report": write_report,
+    "seeds": Stage("proposer", make_seeds, lambda paths: paths.seeds),
+    "train": Stage("proposer", train, lambda paths: paths.training),
+    "publish": Stage("proposer", publish_weights, lambda paths: paths.weights),
+    "questions": Stage("proposer", make_questions, lambda paths: paths.questions),
+    "solver_seeds": Stage("solver", make_solver_seeds, lambda paths: paths.seeds),
+    "solver_train": Stage("solver", train, lambda paths: paths.training),
+    "solver_publish": Stage("solver", publish_solver, lambda paths: paths.weights),
+    "evaluate": Stage("solver", evaluate, lambda paths: paths.evaluation),
+    "report": Stage("solver", write_report, lambda paths: paths.report),
 }
+Place = tuple[int, str]  # round and stage
 
 
-def main(stages: list[str], settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
-    """Run the named stages of the settings' run."""
+def main(first: str, last: str, settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
+    """Run the stages from `first` to `last` of the settings' run; "" is the run's first, or its last."""
+    places = chosen(first, last, settings.trainer.iterations)
     paths = run_paths(settings)
-    if "train" in stages and settings.trainer.ray_address is None:  # a cluster's GPUs are elsewhere
+    trains = any(name in ("train", "solver_train") for _, name in places)
+    if trains and settings.trainer.ray_address is None:  # a cluster's GPUs are elsewhere
         self_test(settings, "trainer", log)
-    with only_driver(paths):
-        server = status.serve_in_background(settings.trainer, paths.report)
-        for name in stages:
-            status.show_stage(name)
-            structlog.contextvars.bind_contextvars(stage=name)
-            STAGES[name](settings, paths, log)
+    with only_driver(paths.run):
+        server = status.serve_in_background(settings.trainer, paths.run)
+        state = RunState(paths.run, settings)
+        for number, name in places:
+            run_stage(number, name, settings, state, log)
         server.should_exit = True
-    if "report" in stages:
-        print(f"report: {paths.report / 'report.html'}")
+    if places[-1][1] == "report":
+        print(f"report: {run_paths(proposer_settings(settings, places[-1][0])).report / 'report.html'}")
+
+
+def run_stage(number: int, name: str, settings: Settings, state: RunState, log: structlog.stdlib.BoundLogger) -> None:
+    """One stage of round `number`, with the settings of its role."""
+    stage = STAGES[name]
+    label = f"{number}.{name}"
+    status.show_stage(name, number)
+    structlog.contextvars.bind_contextvars(stage=label)
+    own = proposer_settings(settings, number) if stage.role == "proposer" else solver_settings(settings, number)
+    paths = run_paths(own)
+    with state.timing(label, stage.artifact(paths)):
+        stage.work(own, paths, log)
+
+
+def chosen(first: str, last: str, rounds: int) -> list[Place]:
+    """All places from `first` to `last`, each a stage with or without the number of its round before it.
+
+    Without a number `first` is of round 1 and `last` of the last round. Raises UsageError for what is no place.
+    """
+    places = [(number, name) for number in range(1, rounds + 1) for name in STAGES]
+    start = place(first, 1, rounds) if first else places[0]
+    end = place(last, rounds, rounds) if last else places[-1]
+    if places.index(start) > places.index(end):
+        raise UsageError(f"expected --from at or before --to, found {first} and {last}")
+    return places[places.index(start) : places.index(end) + 1]
+
+
+def place(text: str, default: int, rounds: int) -> Place:
+    """`questions` or `2.questions` as round and stage; UsageError for any other text."""
+    number, _, name = text.rpartition(".")
+    if name not in STAGES or (number and not (number.isdecimal() and 1 <= int(number) <= rounds)):
+        raise UsageError(
+            f"unknown place {text!r}; expected one of {', '.join(STAGES)}, with or without a round of 1 to {rounds} "
+            "(DRZERO_TRAINER__ITERATIONS) before it, as in 1.questions"
+        )
+    return int(number or default), name
 
 
 @contextmanager
-def only_driver(paths: RunPaths) -> Iterator[None]:
+def only_driver(folder: Path) -> Iterator[None]:
     """Raise UsageError when another process drives this run."""
-    paths.kept.mkdir(parents=True, exist_ok=True)
-    with (paths.kept / ".driver.lock").open("w") as stream:
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".driver.lock").open("w") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UsageError(f"another process drives the run {paths.kept}; wait for it or stop it") from error
+            raise UsageError(f"another process drives the run {folder}; wait for it or stop it") from error
         yield
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m services.trainer", description="Run stages of a training run.")
-    parser.add_argument("stages", nargs="*", metavar="stage", help=f"one or more of {', '.join(STAGES)}; default all")
-    chosen = parser.parse_args().stages or list(STAGES)
-    unknown = sorted(set(chosen) - set(STAGES))
-    if unknown:
-        parser.error(f"unknown stage {unknown[0]!r}; expected one of {', '.join(STAGES)}")
-    raise SystemExit(run("trainer", partial(main, chosen)))
+    parser = argparse.ArgumentParser(
+        prog="python -m services.trainer",
+        description=f"Run a training run or a part of it. The stages of a round: {', '.join(STAGES)}.",
+    )
+    parser.add_argument("--from", dest="first", default="", metavar="STAGE", help="begin here, e.g. 2.questions")
+    parser.add_argument("--to", dest="last", default="", metavar="STAGE", help="end after this")
+    given = parser.parse_args()
+    raise SystemExit(run("trainer", partial(main, given.first, given.last)))

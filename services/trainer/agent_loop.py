@@ -48,7 +48,7 @@ class TranscriptParser(ToolParser):  # type: ignore[misc]
 
 
 class SearchAgentLoop(ToolAgentLoop):  # type: ignore[misc]
-    """One rollout of the proposer."""
+    """One rollout of the role that is trained."""
 
     def __init__(self, *args: Any, tokenizer: Any, hf_model_type: str | None = None, **kwargs: Any) -> None:
         family = CHATML_TYPE if tokenizer.eos_token == CHATML_END else hf_model_type
@@ -143,7 +143,7 @@ class SearchAgentLoop(ToolAgentLoop):  # type: ignore[misc]
         tool = self.tools[tool_call.name]
         calls = agent_data.tool_calls[: self.max_parallel_calls]
         room, last = self._room(agent_data, len(calls))
-        note = last_turn_note("proposer") if last and tool_call is calls[-1] else ""
+        note = last_turn_note(self._settings.role) if last and tool_call is calls[-1] else ""
         arguments = json.loads(tool_call.arguments)
         return await tool.execute("", arguments, agent_data=agent_data, room=room, note=note)  # type: ignore[no-any-return]
 

@@ -20,9 +20,8 @@ from shared.files import ArtifactError
 from shared.settings import Settings, TrainerSettings
 
 COLUMNS = frozenset({"data_source", "prompt", "ability", "agent_name", "reward_model", "extra_info"})
-EXTRA = frozenset({
-    "index", "split", "pmid", "hop", "document", "draw_seed", "prompt_tokens", "need_tools_kwargs", "tools_kwargs",
-})  # fmt: skip
+COMMON = ("index", "split", "pmid", "hop", "draw_seed", "prompt_tokens", "need_tools_kwargs", "tools_kwargs")
+EXTRA = {"proposer": frozenset({*COMMON, "document"}), "solver": frozenset({*COMMON, "question", "answer"})}
 
 
 def check_training(settings: Settings, paths: RunPaths) -> None:
@@ -76,8 +75,8 @@ def batch_problems(trainer: TrainerSettings) -> list[str]:
         problems.append(
             f"expected the rollouts of a step to be a multiple of gpus × nodes × micro-batch = {actor.gpus} × "
             f"{actor.nodes} × {micro_batch} = {portion}, found {trainer.prompts_per_step} × "
-            f"{trainer.rollouts_per_prompt} = {rollouts}; change DRZERO_TRAINER__PROMPTS_PER_STEP, "
-            "DRZERO_TRAINER__ROLLOUTS_PER_PROMPT or DRZERO_TRAINER__ACTOR__MICRO_BATCH"
+            f"{trainer.rollouts_per_prompt} = {rollouts}; change {variable('PROMPTS_PER_STEP', trainer)}, "
+            f"{variable('ROLLOUTS_PER_PROMPT', trainer)} or DRZERO_TRAINER__ACTOR__MICRO_BATCH"
         )
     if trainer.advantage == "grpo" and trainer.rollouts_per_prompt == 1:
         problems.append(
@@ -124,13 +123,13 @@ def most_hops(trainer: TrainerSettings) -> int:
 
 def seed_file_problems(folder: Path, trainer: TrainerSettings) -> list[str]:
     """What is wrong with the rows that verl is to read."""
-    again = f"delete {folder} and run `python -m services.trainer seeds`"
+    again = f"delete {folder} and run the same command again"
     problems: list[str] = []
     rows: dict[str, list[dict[str, Any]]] = {}
     for split in ("train", "held_out"):
         path = folder / f"{split}.parquet"
         try:
-            rows[split] = read_rows(path)
+            rows[split] = read_rows(path, EXTRA[trainer.role])
             found = row_problems(rows[split], trainer, split)
         except ArtifactError as error:
             found = [str(error)]
@@ -146,8 +145,8 @@ def seed_file_problems(folder: Path, trainer: TrainerSettings) -> list[str]:
     return problems
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a seed file; raises ArtifactError when it is missing or has other columns."""
+def read_rows(path: Path, expected: frozenset[str]) -> list[dict[str, Any]]:
+    """The rows of a seed file; ArtifactError when it is missing, or has other columns or fields than `expected`."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -162,8 +161,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         raise ArtifactError(f"expected the columns {_listed(COLUMNS)}, found {_listed(columns)}")
     extra = table.schema.field("extra_info").type
     fields: set[str] = {field.name for field in extra} if pa.types.is_struct(extra) else set()
-    if fields != EXTRA:
-        raise ArtifactError(f"expected the fields {_listed(EXTRA)} in extra_info, found {_listed(fields)}")
+    if fields != expected:
+        raise ArtifactError(f"expected the fields {_listed(expected)} in extra_info, found {_listed(fields)}")
     return table.to_pylist()  # type: ignore[no-any-return]
 
 
@@ -177,7 +176,7 @@ def row_problems(rows: Sequence[dict[str, Any]], trainer: TrainerSettings, split
     rules: dict[str, Callable[[dict[str, Any]], bool]] = {
         "the hop at the end of data_source": lambda row: row["data_source"] == f"{SOURCE}{row['extra_info']['hop']}",
         "messages with a role and a text in prompt": lambda row: _is_prompt(row["prompt"]),
-        f"prompt_tokens of at most DRZERO_TRAINER__PROMPT_TOKENS = {trainer.prompt_tokens}": lambda row: (
+        f"prompt_tokens of at most {variable('PROMPT_TOKENS', trainer)} = {trainer.prompt_tokens}": lambda row: (
             0 < row["extra_info"]["prompt_tokens"] <= trainer.prompt_tokens
         ),
         "tools_kwargs with arguments for the tool search": lambda row: _offers_search(row["extra_info"]),
@@ -189,13 +188,18 @@ def row_problems(rows: Sequence[dict[str, Any]], trainer: TrainerSettings, split
         wrong = [number for number, row in enumerate(rows) if not holds(row)]
         if wrong:
             problems.append(f"expected {rule} in every row, found {len(wrong)} rows without, the first is {wrong[0]}")
-    needed, name = (
-        (trainer.prompts_per_step, "PROMPTS_PER_STEP") if split == "train" else (trainer.eval_seeds, "EVAL_SEEDS")
-    )
+    last = "EVAL_QUESTIONS" if trainer.role == "solver" else "EVAL_SEEDS"
+    needed, name = (trainer.prompts_per_step, "PROMPTS_PER_STEP") if split == "train" else (trainer.eval_seeds, last)
     if len(rows) < needed:
-        problems.append(f"expected at least DRZERO_TRAINER__{name} = {needed} rows, found {len(rows)}")
-    problems += uneven_hops([row["extra_info"]["hop"] for row in rows], trainer.hop_ratio, needed)
+        problems.append(f"expected at least {variable(name, trainer)} = {needed} rows, found {len(rows)}")
+    if trainer.role == "proposer":
+        problems += uneven_hops([row["extra_info"]["hop"] for row in rows], trainer.hop_ratio, needed)
     return problems
+
+
+def variable(name: str, trainer: TrainerSettings) -> str:
+    """The variable of a setting that each role has its own of."""
+    return f"DRZERO_TRAINER__{'SOLVER__' if trainer.role == 'solver' else ''}{name}"
 
 
 def _is_prompt(messages: Any) -> bool:

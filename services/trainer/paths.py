@@ -1,4 +1,4 @@
-"""Where the files of a run lie: one place for every path below `runs/<run>/<iteration>/`."""
+"""Where the files of a run lie: one place for every path below `runs/<run>/<round>/<role>/`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +8,7 @@ from shared.settings import Settings
 
 @dataclass(frozen=True, slots=True)
 class RunPaths:
-    """Paths of one iteration of a run; `kept` is in data, `work` in scratch."""
+    """Paths of one role's part of a round; `kept` is in data, `work` in scratch."""
 
     kept: Path
     work: Path
@@ -17,7 +17,7 @@ class RunPaths:
 
     @property
     def seeds(self) -> Path:
-        """Artifact: train.parquet and held_out.parquet."""
+        """Artifact: train.parquet and held_out.parquet; the proposer's has questions.parquet too."""
         return self.kept / "seeds"
 
     @property
@@ -31,14 +31,29 @@ class RunPaths:
         return self.kept / "weights"
 
     @property
+    def questions(self) -> Path:
+        """Artifact: questions.parquet, those of the round that were verified, and rejected.jsonl."""
+        return self.kept.parent / "questions"
+
+    @property
+    def candidates(self) -> Path:
+        """What questions.py has done so far: a journal in scratch."""
+        return self.work.parent / "questions"
+
+    @property
     def evaluation(self) -> Path:
-        """Artifact: evaluation.json."""
-        return self.kept / "evaluation"
+        """Artifact: evaluation.json of the round."""
+        return self.kept.parent / "evaluation"
 
     @property
     def report(self) -> Path:
-        """Artifact: report.html."""
-        return self.kept / "report"
+        """Artifact: report.html of the round."""
+        return self.kept.parent / "report"
+
+    @property
+    def run(self) -> Path:
+        """The run's folder: its rounds, and the state of the driver."""
+        return self.kept.parents[1]
 
     @property
     def checkpoints(self) -> Path:
@@ -86,9 +101,10 @@ class RunPaths:
         return self.work / "waiting.json"
 
 
-def run_paths(settings: Settings, iteration: int = 1) -> RunPaths:
-    """The paths of an iteration of the settings' run, all absolute."""
-    place = Path(settings.trainer.run) / str(iteration)
+def run_paths(settings: Settings) -> RunPaths:
+    """The paths of the settings' run, round and role, all absolute."""
+    trainer = settings.trainer
+    place = Path(trainer.run) / str(trainer.round) / trainer.role
     data = settings.storage.data_dir.absolute()
     return RunPaths(
         kept=data / "runs" / place,

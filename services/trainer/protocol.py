@@ -7,6 +7,7 @@ a set is part of every manifest it shapes; a changed wording gets a new set.
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -44,7 +45,17 @@ GUIDED_CALL = (
 )
 
 
+SEEDED = re.compile(rf"{SOURCE}([1-9])")
+
 Message = dict[str, Any]
+
+
+def hop_of(data_source: str) -> int:
+    """The hop number of `search_biomedical_<hop>`; ValueError for any other source."""
+    match = SEEDED.fullmatch(data_source)
+    if match is None:
+        raise ValueError(f"expected a data_source of the form {SOURCE}<hop>, got {data_source!r}")
+    return int(match[1])
 
 
 @cache
@@ -56,6 +67,16 @@ def prompt_file(name: str) -> str:
 def prompt_hash(role: str, prompts: str) -> str:
     """sha256 over the prompt files of `proposer` or `solver` in a set: their identity in manifests."""
     files = (f"{prompts}/{role}_system.md", f"{prompts}/{role}.md", f"{role}_examples.json", f"{role}_last_turn.md")
+    return _hash_of(files)
+
+
+def alone_hash(prompts: str) -> str:
+    """sha256 over the prompt files of a solver without search in a set."""
+    names = ("solver_alone_system.md", "solver_evidence.md", "solver.md")
+    return _hash_of([*(f"{prompts}/{name}" for name in names), "solver_examples.json"])
+
+
+def _hash_of(files: Sequence[str]) -> str:
     return hashlib.sha256("\0".join(map(prompt_file, files)).encode()).hexdigest()
 
 
@@ -86,6 +107,17 @@ def solver_messages(question: str, prompts: str, examples: int) -> list[Message]
         for example in _examples("solver", "search", examples)
     ]
     return _conversation("solver", prompts, worked, text.format(question=question))
+
+
+def alone_messages(question: str, prompts: str, examples: int, *, evidence: str = "") -> list[Message]:
+    """The conversation that asks a solver without search for an answer, after reading `evidence` if there is any."""
+    bare = prompt_file(f"{prompts}/solver.md")
+    worked = [
+        _turns(bare.format(question=example["question"]), example)
+        for example in _examples("solver", "direct", examples)
+    ]
+    request = prompt_file(f"{prompts}/solver_evidence.md") if evidence else bare
+    return _conversation("solver_alone", prompts, worked, request.format(question=question, evidence=evidence))
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Stage `publish`: the newest checkpoint → `weights/`, plain Hugging Face files that any server loads.
+"""Stages `publish` and `solver_publish`: the newest checkpoint → `weights/`, plain Hugging Face files.
 
 verl has written the weights in bf16 beside its shards; they are copied as an artifact with hashes, and how far they
 are from the base model is measured, because a training that changed nothing must not look like one that did.
@@ -14,6 +14,7 @@ import structlog
 from services.trainer.adapters import merge_adapters
 from services.trainer.checkpoints import newest_checkpoint
 from services.trainer.paths import RunPaths
+from services.trainer.serving import serve
 from shared.files import ArtifactError, publish, read_manifest, stale_reason
 from shared.model_files import resolve_model
 from shared.settings import Settings
@@ -39,6 +40,12 @@ def publish_weights(settings: Settings, paths: RunPaths, log: structlog.stdlib.B
         (draft.path / "change.json").write_text(json.dumps(change, indent=2) + "\n", encoding="utf-8")
         draft.rows = 1
     log.info("weights published", path=str(paths.weights), **change)
+
+
+def publish_solver(settings: Settings, paths: RunPaths, log: structlog.stdlib.BoundLogger) -> None:
+    """Publish the solver's weights, and have :8001 serve them in place."""
+    publish_weights(settings, paths, log)
+    serve(settings, str(paths.weights), log)
 
 
 def publish_last_good(paths: RunPaths, checkpoint: tuple[int, Path]) -> None:

@@ -1,8 +1,8 @@
-"""Stage `report`: the run's artifacts → one self-contained `report.html`.
+"""Stage `report`: the artifacts of a round, and the evaluations of those before → one self-contained `report.html`.
 
-Curves, held-out results before and after, sample questions with their papers and the solver's answers, what ran for how
-long, and how far rollout engine and trained model differed. No script, no outside resource; all text of models and
-papers is escaped.
+What the rounds have taught, curves of both trainings, held-out results before and after, how the questions fared,
+sample questions with their papers, answers of base and round side by side, what ran for how long, and how far rollout
+engine and trained model differed. No script, no outside resource; all text of models and papers is escaped.
 """
 
 import io
@@ -16,9 +16,11 @@ import structlog
 
 from services.trainer.paths import RunPaths
 from services.trainer.records import TRAIN, Verdict, mean_parts, read_lines, valid_only
+from services.trainer.rounds import paths_of, starting_model
+from services.trainer.run_state import read_state
 from services.trainer.step_metrics import mismatch, step_metrics, step_times
 from shared.corpus import Corpus
-from shared.files import hash_file, publish, read_manifest, stale_reason
+from shared.files import hash_file, hash_json, publish, read_manifest, stale_reason
 from shared.settings import Settings
 
 TEMPLATE = Path(__file__).parent / "report.html.j2"
@@ -39,6 +41,12 @@ PARTS = (
     ("searches_made", "searches with papers"),
     ("attempts_made", "solver attempts"),
     ("attempts_correct", "right attempts"),
+)
+ANSWER_PARTS = (
+    ("score", "exact match"),
+    ("biomedical_match", "match, synonyms counted"),
+    ("answered", "answered"),
+    ("searches_made", "searches with papers"),
 )
 TIMES = (
     ("generation", "rollouts, searches"),
@@ -63,11 +71,9 @@ MISMATCHES = (
 
 def write_report(settings: Settings, paths: RunPaths, log: structlog.stdlib.BoundLogger) -> None:
     """Write report.html unless the current one is there."""
-    origin = {
-        "training": read_manifest(paths.training).identity,
-        "evaluation": read_manifest(paths.evaluation).identity,
-        "template": hash_file(TEMPLATE),
-    }
+    rounds = range(1, settings.trainer.round + 1)
+    evaluations = [read_manifest(paths_of(settings, number, "solver").evaluation).identity for number in rounds]
+    origin = {"evaluations": hash_json(evaluations), "template": hash_file(TEMPLATE)}
     if stale_reason(paths.report, settings={}, made_from=origin) is None:
         log.info("report reused", path=str(paths.report))
         return
@@ -81,18 +87,21 @@ def render(settings: Settings, paths: RunPaths) -> str:
     """The page."""
     import jinja2
 
-    rollouts = list(read_lines(paths.training / "rollouts.jsonl"))
+    proposer = paths_of(settings, settings.trainer.round, "proposer")
+    rollouts = list(read_lines(proposer.training / "rollouts.jsonl"))
     numbers = step_metrics(rollouts)
-    metrics = list(read_lines(paths.training / "metrics.jsonl"))
+    metrics = list(read_lines(proposer.training / "metrics.jsonl"))
     timed = [m for m in metrics if "timing_s/step" in m]
-    steps = by_step(rollouts)
+    steps, solved_steps = by_step(rollouts), by_step(list(read_lines(paths.training / "rollouts.jsonl")))
+    evaluations = read_evaluations(settings)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     corpus = Corpus(paths.corpus)
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         run=settings.trainer.run,
+        round=settings.trainer.round,
         profile=settings.profile,
-        model=settings.trainer.actor.model,
-        solver=settings.solver.model,
+        model=starting_model(settings, settings.trainer.round, "proposer"),
+        solver=starting_model(settings, settings.trainer.round, "solver"),
         papers=len(corpus),
         rollouts=len(rollouts),
         searched=sum(v["searches_made"] > 0 for v in rollouts),
@@ -103,12 +112,17 @@ def render(settings: Settings, paths: RunPaths) -> str:
         hops=[(hop, *hop_row(numbers, hop)) for hop in range(1, 5) if f"hop/{hop}/count" in numbers],
         kinds=family(numbers, "reasoning/"),
         endings=family(numbers, "ended/"),
-        evaluation=json.loads((paths.evaluation / "evaluation.json").read_text(encoding="utf-8")),
+        evaluation=evaluations[-1],
+        evaluations=evaluations,
+        exam_rows={name: exam_rows(name, evaluations) for name in evaluations[-1]["sets"]},
         parts=PARTS,
-        reward_plot=plot(sorted(steps), curves(steps), "step", ""),
+        answer_parts=ANSWER_PARTS,
+        reward_plot=plot(sorted(steps), curves(steps, PARTS[:3]), "step", ""),
+        answer_plot=plot(sorted(solved_steps), curves(solved_steps, ANSWER_PARTS), "step", ""),
+        compared=compared(paths),
         loss_plot=plot(*learning_curves(metrics), "step", ""),
         samples=[sample(v, corpus) for v in best(rollouts)],
-        stages=stage_times(paths),
+        stages=[(label, stage) for label, stage in read_state(paths.run).items()],
         times=time_rows(timed),
         mismatches=mismatch_rows(timed),
         step_numbers=[m["step"] for m in timed],
@@ -135,10 +149,10 @@ def by_step(verdicts: Sequence[Verdict]) -> dict[int, list[Verdict]]:
     return steps
 
 
-def curves(steps: dict[int, list[Verdict]]) -> dict[str, list[float]]:
-    """Mean reward, F and D per step."""
+def curves(steps: dict[int, list[Verdict]], parts: Sequence[tuple[str, str]]) -> dict[str, list[float]]:
+    """The mean of each of these parts per step."""
     means = [mean_parts(steps[step]) for step in sorted(steps)]
-    return {label: [m.get(name, math.nan) for m in means] for name, label in PARTS[:3]}
+    return {label: [m.get(name, math.nan) for m in means] for name, label in parts}
 
 
 def learning_curves(metrics: Sequence[dict[str, Any]]) -> tuple[list[int], dict[str, list[float]]]:
@@ -181,10 +195,32 @@ def sample(verdict: Verdict, corpus: Corpus) -> dict[str, Any]:
     return {**verdict, "papers": [paper for paper in papers if paper is not None]}
 
 
-def stage_times(paths: RunPaths) -> list[tuple[str, int, float]]:
-    """Artifact, rows and seconds of every stage that has finished."""
-    made = (paths.corpus, paths.index, paths.seeds, paths.training, paths.weights, paths.evaluation)
-    return [(m.artifact, m.rows, m.seconds) for m in map(read_manifest, made)]
+def read_evaluations(settings: Settings) -> list[dict[str, Any]]:
+    """evaluation.json of every round up to that of the settings."""
+    rounds = range(1, settings.trainer.round + 1)
+    files = [paths_of(settings, number, "solver").evaluation / "evaluation.json" for number in rounds]
+    return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+
+
+def exam_rows(name: str, evaluations: Sequence[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    """Label and marks of the base and of each round in one set; the base again where a round has other questions."""
+    rows: list[tuple[str, dict[str, Any]]] = []
+    asked = 0
+    for one in evaluations:
+        if name in one["sets"]:
+            found = one["sets"][name]
+            if found["base"]["questions"] != asked:
+                rows.append(("base", found["base"] | {"change": None}))
+                asked = found["base"]["questions"]
+            rows.append((f"round {one['round']}", found["round"] | {"change": found["change"]}))
+    return rows
+
+
+def compared(paths: RunPaths) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Answers of base and round to the same questions: first those that only one of them knew."""
+    before, after = (list(read_lines(paths.evaluation / f"answers-{name}.jsonl")) for name in ("base", "round"))
+    pairs = list(zip(before, after, strict=True))
+    return sorted(pairs, key=lambda pair: pair[0]["right"] == pair[1]["right"])[:SAMPLES]
 
 
 def plot(x: Sequence[int], lines: dict[str, list[float]], x_label: str, y_label: str) -> str:

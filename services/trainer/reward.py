@@ -1,7 +1,8 @@
 """The reward as verl calls it, rollout by rollout while others still run, and as a batch for other callers.
 
-`compute_score` is verl's streaming entry: the moment a rollout ends, its question goes to the solver service for its
-attempts, `judge.py` puts the parts together, and the verdict is appended to the run's log as one JSON line. In training
+`compute_score` is verl's streaming entry: the moment a proposer's rollout ends, its question goes to the solver service
+for its attempts, `judge.py` puts the parts together, and the verdict is appended to the run's log as one JSON line; a
+solver's rollout is compared with the gold answer (`solver_reward.py`). In training
 verl is not kept waiting for that: it gets `PENDING`, and the trainer collects the verdicts when it has nothing else to
 do (`late_rewards.py`).
 `compute_biomedical_challenger_score_batch` does the same for a list of responses. A service that stays away makes a
@@ -25,14 +26,16 @@ from typing import Any, TypeVar
 
 from services.trainer.attempts import Attempts
 from services.trainer.biomedical import likeness, reasoning_type
+from services.trainer.conversations import Conversations
 from services.trainer.gate import form_at
 from services.trainer.judge import Surroundings, invalid_reason, judge, worth_attempting
 from services.trainer.matching import normalise
 from services.trainer.paths import RunPaths, run_paths
-from services.trainer.protocol import SOURCE, example_questions
+from services.trainer.protocol import example_questions, hop_of
 from services.trainer.recent import RecentQuestions
 from services.trainer.records import TRAIN, Verdict, append_defect
 from services.trainer.scores import Proposal
+from services.trainer.solver_reward import answer_parts
 from services.trainer.tokens import Tokens
 from shared.balance import addresses_in
 from shared.clients import SearchClient, SolverClient
@@ -41,9 +44,8 @@ from shared.files import ArtifactError
 from shared.model_files import resolve_model
 from shared.records import Attempt
 from shared.settings import Settings, load_settings
-from shared.transcript import search_calls, split_response
+from shared.transcript import last_tag, search_calls, split_response
 
-SEEDED = re.compile(rf"{SOURCE}([1-9])")
 COPIED = 0.8  # likeness to a worked example's question above which it is that question
 PMID_SHOWN = re.compile(r"\bPMID (\d{1,9}):")
 
@@ -93,9 +95,13 @@ async def compute_score(
 
 
 async def score_and_log(data_source: str, trajectory: dict[str, Any], info: dict[str, Any], judging: Judging) -> Scored:
-    """`score_proposal` of one rollout, whose verdict is in the log then."""
-    proposal = read_proposal(trajectory, hop=hop_of(data_source), info=info)
-    numbers, verdict = await score_proposal(proposal, trajectory, info, judging)
+    """Numbers and verdict of one rollout of the role that is trained; the verdict is in the log then."""
+    hop = hop_of(data_source)
+    if judging.settings.trainer.role == "solver":
+        numbers, verdict = score_answer(trajectory, info)
+    else:
+        proposal = read_proposal(trajectory, hop=hop, info=info)
+        numbers, verdict = await score_proposal(proposal, trajectory, info, judging)
     append_verdict(judging.paths.log, verdict)
     return numbers, verdict
 
@@ -174,27 +180,61 @@ async def score_proposal(
     around = Surroundings(form, recent, corpus_has(judging.paths.corpus))
     numbers = judge(proposal, attempts, reward, around, lost=lost)
     verdict: Verdict = {
-        "time": time.time(),
-        "began": began,
-        "split": split,
-        "step": step,
-        "index": int(info.get("index", 0)),
-        "pmid": info["pmid"],
+        **rollout_row(trajectory, info, began=began),
         "hop": proposal.hop,
         "question": proposal.question,
         "answer": proposal.cited_answer,
-        "turns": trajectory["turns"],
-        "searches": [{"queries": s["queries"], "pmids": s["pmids"]} for s in trajectory["searches"]],
         "attempts": [attempt_row(attempt) for attempt in attempts],
         "invalid_reason": invalid_reason(attempts, bool(numbers["valid"]), lost),
         "reasoning_type": reasoning_type(proposal.question),
-        "calls_broken": Counter(call.broken for turn in proposal.turns for call in search_calls(turn) if call.broken),
         "seconds_attempts": time.monotonic() - since,
-        "trained_tokens": trajectory.get("trained_tokens", 0),
-        **{name: trajectory[name] for name in MEASURED if name in trajectory},
         **numbers,
     }
     return numbers, verdict
+
+
+def score_answer(trajectory: dict[str, Any], info: dict[str, Any]) -> Scored:
+    """Judge a rollout of the solver's own training."""
+    began, lost = time.time(), trajectory.get("lost", "")
+    fruitful = sum(bool(search["pmids"]) for search in trajectory["searches"])
+    calls = sum(len(search_calls(turn)) for turn in trajectory["turns"])
+    numbers = {
+        **answer_parts(trajectory["turns"], [info["answer"]]),
+        "valid": float(not lost),
+        "searches_made": float(fruitful),
+        "calls_failed": float(calls - fruitful),
+    }
+    verdict: Verdict = {
+        **rollout_row(trajectory, info, began=began),
+        "hop": info["hop"],
+        "question": info["question"],
+        "answer": last_tag("\n".join(trajectory["turns"]), "answer"),
+        "gold": info["answer"],
+        "attempts": [],
+        "invalid_reason": lost,
+        "reasoning_type": reasoning_type(info["question"]),
+        "seconds_attempts": 0.0,
+        **numbers,
+    }
+    return numbers, verdict
+
+
+def rollout_row(trajectory: dict[str, Any], info: dict[str, Any], *, began: float) -> Verdict:
+    """What a verdict says of the rollout itself; judging it `began` then."""
+    turns = trajectory["turns"]
+    return {
+        "time": time.time(),
+        "began": began,
+        "split": info.get("split", TRAIN),
+        "step": int(trajectory.get("step", 0)),
+        "index": int(info.get("index", 0)),
+        "pmid": info["pmid"],
+        "turns": turns,
+        "searches": [{"queries": s["queries"], "pmids": s["pmids"]} for s in trajectory["searches"]],
+        "calls_broken": Counter(call.broken for turn in turns for call in search_calls(turn) if call.broken),
+        "trained_tokens": trajectory.get("trained_tokens", 0),
+        **{name: trajectory[name] for name in MEASURED if name in trajectory},
+    }
 
 
 def attempt_row(attempt: Attempt) -> dict[str, Any]:
@@ -236,14 +276,6 @@ def read_response(text: str) -> dict[str, Any]:
     return {"turns": turns, "searches": found}
 
 
-def hop_of(data_source: str) -> int:
-    """The hop number of `search_biomedical_<hop>`; ValueError for any other source."""
-    match = SEEDED.fullmatch(data_source)
-    if match is None:
-        raise ValueError(f"expected a data_source of the form {SOURCE}<hop>, got {data_source!r}")
-    return int(match[1])
-
-
 @cache
 def corpus_has(folder: Path) -> Any:
     """A function that says whether the corpus in `folder` holds a PMID; without a corpus nothing is known."""
@@ -271,17 +303,8 @@ def make_judging(settings: Settings) -> Judging:
     patience = reward.attempt_deadline_s
     solver = SolverClient(settings.solver.url, patience_s=patience, connections=reward.concurrency)
     search = SearchClient(settings.retrieval.url, patience_s=patience, connections=reward.concurrency)
-    attempts = Attempts(
-        solver,
-        search,
-        reward,
-        model=settings.solver.served_name,
-        prompts=settings.trainer.prompts,
-        top_k=settings.trainer.search_top_k,
-        context_tokens=settings.solver.context_tokens,
-        tokens=Tokens(resolve_model(settings.solver.model, settings)),
-    )
-    return Judging(settings, paths, solver, search, attempts, RecentQuestions(paths.log))
+    conversations = Conversations(solver, search, Tokens(resolve_model(settings.solver.model, settings)))
+    return Judging(settings, paths, solver, search, Attempts(conversations, settings), RecentQuestions(paths.log))
 
 
 def append_verdict(folder: Path, verdict: dict[str, Any]) -> None:

@@ -1,21 +1,25 @@
-"""Stage `seeds`: corpus → `seeds/train.parquet` and `seeds/held_out.parquet`, the rows verl reads.
+"""Stage `seeds`: corpus → `train.parquet`, `held_out.parquet`, `questions.parquet`: rows as verl reads them.
 
-Papers that qualify (length, MeSH, keywords, in no evaluation set, no double) are drawn with the run's seed: the first
-`eval_seeds` are held out, the next `seeds` train. Hops follow `hop_ratio` exactly, in all and in every step. A document
-is cut until its whole prompt fits (`fitting.py`). What was left out is counted by reason. Same corpus, settings and
-seed: the same bytes.
+Papers that qualify (length, MeSH, keywords, in no evaluation set, no double) are drawn with the run's seed, three kinds
+that share no paper: `eval_seeds` are held out, the same in every round; `seeds` train the proposer of the round; from
+`questions.papers` the trained proposer writes the solver's questions (`questions.py`). Papers of earlier rounds'
+questions train no proposer, and papers that have trained one bring no question. Hops follow `hop_ratio` exactly, in all
+and in every step. A document is cut until its whole prompt fits (`fitting.py`). What was left out is counted by reason.
+Same corpus, settings and seed: the same bytes.
 """
 
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import structlog
 
+from services.trainer.evaluation_sets import evaluation_items
 from services.trainer.fitting import FittedSeed, fit_in_children, prompt_of
 from services.trainer.paths import RunPaths
 from services.trainer.protocol import AGENT, SEARCH_TOOL, SOURCE, prompt_hash
@@ -34,6 +38,7 @@ class Draw:
 
     train: list[Seed]
     held_out: list[Seed]
+    questions: list[Seed]
     left_out: dict[str, int]
 
 
@@ -42,7 +47,7 @@ def make_seeds(settings: Settings, paths: RunPaths, log: structlog.stdlib.BoundL
     trainer = settings.trainer
     corpus = Corpus(paths.corpus)
     model = resolve_model(trainer.actor.model, settings)
-    excluded = read_pmids(trainer.exclude_pmids, "DRZERO_TRAINER__EXCLUDE_PMIDS")
+    excluded = barred_pmids(trainer)
     shape = seed_settings(trainer)
     origin = {
         "corpus": corpus.manifest.identity,
@@ -58,8 +63,10 @@ def make_seeds(settings: Settings, paths: RunPaths, log: structlog.stdlib.BoundL
     log.info("seeds are drawn", because=reason)
     with publish(paths.seeds, settings=shape, made_from=origin) as draft:
         draw = draw_seeds(corpus, trainer, excluded)
-        fitted = fit_in_children([*draw.train, *draw.held_out], trainer, model)
-        parts = {"train": fitted[: trainer.seeds], "held_out": fitted[trainer.seeds :]}
+        fitted = fit_in_children([*draw.train, *draw.held_out, *draw.questions], trainer, model)
+        remaining = iter(fitted)
+        splits = {"train": draw.train, "held_out": draw.held_out, "questions": draw.questions}
+        parts = {split: list(islice(remaining, len(seeds))) for split, seeds in splits.items()}
         for split, part in parts.items():
             write_rows([seed_row(one, trainer, split) for one in part], draft.path / f"{split}.parquet")
         draft.rows = len(fitted)
@@ -74,9 +81,16 @@ def seed_settings(trainer: TrainerSettings) -> dict[str, Any]:
     """The settings that shape the seeds; `seed` is that of the draw."""
     names = (
         "seed", "seeds", "eval_seeds", "min_abstract_words", "seed_mesh", "seed_keywords", "document_tokens",
-        "prompt_tokens", "hop_ratio", "prompts_per_step", "worked_examples",
+        "prompt_tokens", "hop_ratio", "prompts_per_step", "worked_examples", "round",
     )  # fmt: skip
-    return {name: getattr(trainer, name) for name in names} | {"model": trainer.actor.model}
+    shape = {name: getattr(trainer, name) for name in names}
+    return shape | {"model": trainer.actor.model, "question_papers": trainer.questions.papers}
+
+
+def barred_pmids(trainer: TrainerSettings) -> frozenset[str]:
+    """Papers that neither seeds nor questions may come from: those of every evaluation set."""
+    listed = read_pmids(trainer.exclude_pmids, "DRZERO_TRAINER__EXCLUDE_PMIDS")
+    return listed | frozenset(item.pmid for item in evaluation_items(trainer.evaluation) if item.pmid)
 
 
 # --- which papers
@@ -142,26 +156,51 @@ def normalised(text: str) -> str:
 
 
 def draw_seeds(corpus: Sequence[Paper] | Corpus, trainer: TrainerSettings, excluded: frozenset[str]) -> Draw:
-    """Training and held-out seeds; raises UsageError when the corpus has too few papers that qualify."""
+    """The seeds of a round; raises UsageError when the corpus has too few papers that qualify."""
     fit, left_out = qualifying_rows(corpus, trainer, excluded)
-    wanted = trainer.seeds + trainer.eval_seeds
-    if len(fit) < wanted:
+    rows = draw_rows(fit, trainer)
+    if rows is None:
         reasons = ", ".join(f"{name} {count}" for name, count in sorted(left_out.items())) or "none"
+        wanted = trainer.seeds + trainer.eval_seeds + trainer.questions.papers
+        unused = f", after those that rounds before {trainer.round} have used" if trainer.round > 1 else ""
         raise UsageError(
-            f"expected {wanted} papers that qualify as seeds, found {len(fit)} of {len(corpus)} (left out: {reasons}); "
-            "ingest more papers, lower DRZERO_TRAINER__SEEDS or DRZERO_TRAINER__MIN_ABSTRACT_WORDS, or widen "
-            "DRZERO_TRAINER__SEED_MESH or DRZERO_TRAINER__SEED_KEYWORDS"
+            f"expected {wanted} papers that qualify as seeds (DRZERO_TRAINER__SEEDS {trainer.seeds}, EVAL_SEEDS "
+            f"{trainer.eval_seeds}, QUESTIONS__PAPERS {trainer.questions.papers}){unused}, found {len(fit)} of "
+            f"{len(corpus)} (left out: {reasons}); ingest more papers, lower these or "
+            "DRZERO_TRAINER__MIN_ABSTRACT_WORDS, or widen DRZERO_TRAINER__SEED_MESH or DRZERO_TRAINER__SEED_KEYWORDS"
         )
-    rows = Random(trainer.seed).sample(fit, wanted)  # noqa: S311
 
-    def seeds(rows: list[int], batch: int) -> list[Seed]:
-        hops = spread_hops(len(rows), trainer.hop_ratio, batch)
-        papers = map(corpus.__getitem__, rows)
+    def seeds(split: str, batch: int) -> list[Seed]:
+        hops = spread_hops(len(rows[split]), trainer.hop_ratio, batch)
+        papers = map(corpus.__getitem__, rows[split])
         pairs = enumerate(zip(papers, hops, strict=True))
         return [Seed(index, paper.pmid, hop, paper.contents) for index, (paper, hop) in pairs]
 
-    held_out, train = rows[: trainer.eval_seeds], rows[trainer.eval_seeds :]
-    return Draw(seeds(train, trainer.prompts_per_step), seeds(held_out, trainer.eval_seeds), left_out)
+    train, held_out = seeds("train", trainer.prompts_per_step), seeds("held_out", trainer.eval_seeds)
+    return Draw(train, held_out, seeds("questions", trainer.questions.papers), left_out)
+
+
+def draw_rows(fit: Sequence[int], trainer: TrainerSettings) -> dict[str, list[int]] | None:
+    """Rows by split for `trainer.round`, or None when there are too few.
+
+    Rounds draw one after the other, each knowing the ones before, so that a further round changes no earlier one.
+    """
+    wanted = trainer.questions.papers
+    held_out = Random(trainer.seed).sample(fit, min(trainer.eval_seeds, len(fit)))  # noqa: S311
+    asked, trained = set(held_out), set[int]()
+    for number in range(1, trainer.round + 1):
+        draw = Random(f"{trainer.seed} {number}")  # noqa: S311
+        may_train = [row for row in fit if row not in asked]
+        if len(may_train) < trainer.seeds + wanted:
+            return None
+        train = draw.sample(may_train, trainer.seeds)
+        trained |= set(train)
+        may_ask = [row for row in may_train if row not in trained]
+        if len(may_ask) < wanted:
+            return None
+        questions = draw.sample(may_ask, wanted)
+        asked |= set(questions)
+    return {"train": train, "held_out": held_out, "questions": questions}
 
 
 def spread_hops(count: int, ratio: Sequence[int], batch: int) -> list[int]:

@@ -27,6 +27,7 @@ from shared.sockets import listen
 
 STEP = Gauge("drzero_trainer_step", "Last finished optimizer step.", registry=REGISTRY)
 STAGE = Gauge("drzero_trainer_stage", "1 for the stage that runs.", ["stage"], registry=REGISTRY)
+ROUND = Gauge("drzero_trainer_round", "The round that the stage belongs to.", registry=REGISTRY)
 WAITING = Gauge("drzero_trainer_waiting", "1 while the trainer waits; /health says for what.", registry=REGISTRY)
 ALARM = Gauge("drzero_trainer_alarm", "Bad steps in a row, 0 for none.", ["name"], registry=REGISTRY)
 
@@ -78,12 +79,13 @@ class Health(TypedDict):
     """The parts of /health that change."""
 
     stage: str
+    round: int
     step: int
     alarms: list[str]
     waiting: str | None
 
 
-HEALTH: Health = {"stage": "", "step": 0, "alarms": [], "waiting": None}
+HEALTH: Health = {"stage": "", "round": 0, "step": 0, "alarms": [], "waiting": None}
 
 
 def show_step(
@@ -127,10 +129,12 @@ def show_waiting(text: str | None) -> None:
     HEALTH["waiting"] = text
 
 
-def show_stage(stage: str) -> None:
-    """Mark the stage that runs now."""
+def show_stage(stage: str, number: int) -> None:
+    """Mark the stage that runs now, and its round."""
     replace(STAGE, {(stage,): 1})
+    ROUND.set(number)
     HEALTH["stage"] = stage
+    HEALTH["round"] = number
 
 
 def family(name: str) -> tuple[Gauge, tuple[str, ...]]:
@@ -172,8 +176,8 @@ def health() -> dict[str, object]:
     return {"status": "ok" if calm else "warning", **HEALTH}
 
 
-def serve_in_background(trainer: TrainerSettings, report: Path) -> uvicorn.Server:
-    """Serve until the process ends; returns the server, whose `should_exit` ends it earlier."""
+def serve_in_background(trainer: TrainerSettings, run: Path) -> uvicorn.Server:
+    """Serve the run in this folder until the process ends; returns the server, whose `should_exit` ends it earlier."""
     app = FastAPI(title="Dr. Zero trainer")
 
     @app.get("/health")
@@ -187,10 +191,10 @@ def serve_in_background(trainer: TrainerSettings, report: Path) -> uvicorn.Serve
 
     @app.get("/report")
     def show_report() -> Response:
-        page = report / "report.html"
-        if not page.is_file():
-            return JSONResponse({"detail": "no report yet: it is written when the run ends"}, status_code=404)
-        return FileResponse(page, media_type="text/html")
+        pages = sorted(run.glob("*/report/report.html"), key=lambda page: int(page.parts[-3]))
+        if not pages:
+            return JSONResponse({"detail": "no report yet: it is written when a round ends"}, status_code=404)
+        return FileResponse(pages[-1], media_type="text/html")
 
     listener = listen("trainer", trainer.host, trainer.port)
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))

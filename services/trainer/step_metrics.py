@@ -18,7 +18,10 @@ import numpy as np
 from services.trainer.matching import normalise
 from services.trainer.records import Verdict, valid_only
 
-PARTS = frozenset({"score", "format", "difficulty", "bonus", "citations", "genes", "reasoning", "novelty"})
+PARTS = frozenset({
+    "score", "format", "difficulty", "bonus", "citations", "genes", "reasoning", "novelty",
+    "exact_match", "biomedical_match", "answered",  # of the solver's own training
+})  # fmt: skip
 REWARD_TAIL = "seconds/reward_tail"
 PART_TIMERS = {
     "generation": "timing_s/gen",
@@ -154,8 +157,11 @@ def by_hop(valid: Sequence[Verdict]) -> dict[str, float]:
 
 
 def solved(valid: Sequence[Verdict]) -> dict[str, float]:
-    """Share of the judged questions with k of their n judged attempts right; {} when no question was judged."""
-    pairs = [(int(v["attempts_correct"]), int(v["attempts_valid"])) for v in valid if v["attempts_valid"]]
+    """Share of the judged questions with k of their n judged attempts right; {} when no question was judged.
+
+    The solver's own training has no attempts.
+    """
+    pairs = [(int(v["attempts_correct"]), int(v["attempts_valid"])) for v in valid if v.get("attempts_valid")]
     if not pairs:
         return {}
     right = Counter(k for k, _ in pairs)
@@ -186,7 +192,7 @@ def wording(valid: Sequence[Verdict]) -> dict[str, float]:
     repeated = fmean([float(len(papers[normalise(verdict["question"])]) > 1) for verdict in asked])
     return copied | {
         **({"repeated_share": repeated} if len(asked) >= ENOUGH_QUESTIONS else {}),
-        "duplicates_share": fmean([float(verdict["novelty"] < 1) for verdict in asked]),
+        **({"duplicates_share": fmean([float(v["novelty"] < 1) for v in asked])} if "novelty" in asked[0] else {}),
         **{f"reasoning/{kind}": count / len(asked) for kind, count in sorted(kinds.items())},
     }
 

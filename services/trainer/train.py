@@ -1,4 +1,4 @@
-"""Stage `train`: seeds + services → a trained proposer, by verl's `main_ppo` in a child process.
+"""Stages `train` and `solver_train`: seeds + services → a trained model of the settings' role, by verl in a child.
 
 This file starts verl with the overrides of `overrides.py`, follows what it writes, and decides: a crash is resumed
 from the newest checkpoint up to `trainer.restarts` times; an outage that outlasted the patience, a stall, or a further
@@ -43,7 +43,7 @@ from services.trainer.watch import Problem, Watch
 from shared.command import UsageError
 from shared.files import hash_json, publish, read_manifest, require_free_space, stale_reason, write_atomically
 from shared.model_files import resolve_model, weights_identity
-from shared.settings import Settings, TrainerSettings
+from shared.settings import Settings, TrainerSettings, as_environment
 
 ROOT = Path(__file__).parents[2]
 POLL_S = 1.0
@@ -71,9 +71,9 @@ def training_settings(settings: Settings) -> dict[str, Any]:
     """The settings that shape what is trained; addresses, patience and numbers of workers do not."""
     trainer = settings.trainer
     neutral = {
-        "run", "host", "port", "agent_workers", "reward_workers", "storage_units", "save_every", "keep_checkpoints",
-        "patience_s", "start_patience_s", "rollout_deadline_s", "stall_s", "object_store_gb", "restarts",
-        "max_refusals", "guards", "actor", "reward",
+        "run", "iterations", "price_per_hour", "host", "port", "agent_workers", "reward_workers", "storage_units",
+        "save_every", "keep_checkpoints", "patience_s", "start_patience_s", "rollout_deadline_s", "stall_s",
+        "object_store_gb", "restarts", "max_refusals", "guards", "actor", "reward", "questions", "solver", "evaluation",
     }  # fmt: skip
     patience = {"concurrency", "attempt_deadline_s", "question_deadline_s"}
     shape = trainer.model_dump(mode="json", exclude=neutral)
@@ -85,12 +85,15 @@ def training_settings(settings: Settings) -> dict[str, Any]:
 
 def training_origin(settings: Settings, paths: RunPaths) -> dict[str, str]:
     """What the training is made from, by identity; raises ArtifactError when seeds or index are missing."""
-    return {
+    origin = {
         "seeds": read_manifest(paths.seeds).identity,
         "index": read_manifest(paths.index).identity,
         "base_weights": weights_identity(resolve_model(settings.trainer.actor.model, settings)),
         "solver_prompt": prompt_hash("solver", settings.trainer.prompts),
     }
+    if settings.trainer.role == "proposer":
+        origin["solver_weights"] = weights_identity(resolve_model(settings.solver.model, settings))
+    return origin
 
 
 def begin_or_resume(paths: RunPaths, key: str, log: structlog.stdlib.BoundLogger) -> None:
@@ -172,7 +175,7 @@ def run_verl(settings: Settings, paths: RunPaths, log: structlog.stdlib.BoundLog
     variables = verl_variables(paths)
     if settings.trainer.ray_address is not None:
         overrides += cluster_overrides(cluster_variables(settings) | variables)
-    with child(overrides, variables, paths) as process:
+    with child(overrides, as_environment(settings) | variables, paths) as process:
         return follow(process, settings, paths, log)
 
 
@@ -204,7 +207,7 @@ def verl_variables(paths: RunPaths) -> dict[str, str]:
 
 def cluster_variables(settings: Settings) -> dict[str, str]:
     """Our settings for processes of a Ray cluster, but not the one that may hold a password: verl logs them."""
-    own = {name: value for name, value in os.environ.items() if name.startswith("DRZERO_")}
+    own = {name: value for name, value in as_environment(settings).items() if value}
     own.pop("DRZERO_REDIS__URL", None)
     return own | {
         "DRZERO_STORAGE__DATA_DIR": str(settings.storage.data_dir.absolute()),

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import structlog
 import torch
 import transfer_queue as tq
 from tensordict import TensorDict
@@ -35,9 +36,9 @@ from services.trainer.early_workers import EarlyWorkers, start_router
 from services.trainer.late_rewards import LateRewards, Rollout
 from services.trainer.outage import noting_outage
 from services.trainer.paths import run_paths
-from services.trainer.protocol import DEADLINE, TRAINER
+from services.trainer.protocol import DEADLINE, TRAINER, hop_of
 from services.trainer.records import Verdict, append_refusal
-from services.trainer.reward import hop_of
+from services.trainer.serving import serve
 from shared.balance import addresses_in
 from shared.clients import Unavailable
 from shared.files import write_atomically
@@ -78,6 +79,9 @@ class SelfPlayTrainer(PPOTrainerSync):  # type: ignore[misc]
         start_router()
         super().init()
         wait_for_health(self._settings, "training is about to begin", patience=self._settings.trainer.start_patience_s)
+        if self._settings.trainer.role == "proposer":
+            with noting_outage():
+                serve(self._settings, self._settings.solver.model, structlog.get_logger())
 
     def on_validate_begin(self) -> None:
         """A validation is not repeated when services lose it, so it begins only when they are there."""
@@ -199,7 +203,9 @@ def wait_for_health(settings: Settings, reason: str, *, patience: float) -> None
     """
     waiting = run_paths(settings).waiting
     give_up = time.monotonic() + patience
-    probes = (("retrieval", settings.retrieval.url, "/ready"), ("solver", settings.solver.url, "/health"))
+    probes = [("retrieval", settings.retrieval.url, "/ready")]
+    if settings.trainer.role == "proposer":  # the solver's own training asks no other solver
+        probes.append(("solver", settings.solver.url, "/health"))
     for service, urls, path in probes:
         asked = [f"{url}{path}" for url in addresses_in(urls)]
         places = " or ".join(asked)

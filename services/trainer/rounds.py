@@ -1,0 +1,81 @@
+"""Which settings a role has in a round: what it starts from, what it is rewarded by, and the shape of its training.
+
+Round 1 starts from the models of the settings. In each further round the proposer goes on from the proposer of the
+round before, and so does the solver; the solver of the round before is the one that the new proposer writes for. The
+settings of a role reach all processes of its training as variables (`shared.settings.as_environment`).
+"""
+
+from typing import Literal
+
+from services.trainer.paths import RunPaths, run_paths
+from services.trainer.records import HELD_OUT, TRAIN
+from shared.command import UsageError
+from shared.files import read_manifest
+from shared.settings import Settings, changed
+
+Role = Literal["proposer", "solver"]
+TOOL_MARKUP_TOKENS = 64  # what chat template and last-turn note add to a search result
+
+
+def proposer_settings(settings: Settings, number: int) -> Settings:
+    """The settings of the proposer's part of round `number`; `solver.model` is the solver that it writes for."""
+    changes = {
+        "trainer.round": number,
+        "trainer.role": "proposer",
+        "trainer.actor.model": starting_model(settings, number, "proposer"),
+        "solver.model": starting_model(settings, number, "solver"),
+    }
+    return changed(settings, changes)
+
+
+def solver_settings(settings: Settings, number: int) -> Settings:
+    """The settings of the solver's own training in round `number`, on the questions of that round.
+
+    `solver.model` stays the one that the run began with. Turns, their lengths and worked examples are those of its
+    attempts. Raises ArtifactError without questions and UsageError when there are too few.
+    """
+    reward, own = settings.trainer.reward, settings.trainer.solver
+    questions = read_manifest(paths_of(settings, number, "solver").questions).counts
+    train, held_out = questions[TRAIN], questions[HELD_OUT]
+    if train < own.prompts_per_step or not held_out:
+        raise UsageError(
+            f"expected at least DRZERO_TRAINER__SOLVER__PROMPTS_PER_STEP = {own.prompts_per_step} verified questions "
+            f"in round {number} and 1 that is kept out, found {train} and {held_out}; raise "
+            "DRZERO_TRAINER__QUESTIONS__PAPERS or DRZERO_TRAINER__QUESTIONS__CANDIDATES, train the proposer for "
+            "longer, or lower the first number"
+        )
+    turns = reward.max_turns
+    response = turns * reward.max_new_tokens + (turns - 1) * (reward.max_tool_tokens + TOOL_MARKUP_TOKENS)
+    changes = {
+        "trainer.round": number,
+        "trainer.role": "solver",
+        "trainer.actor.model": starting_model(settings, number, "solver"),
+        "trainer.actor.learning_rate": own.learning_rate,
+        "trainer.seeds": train,
+        "trainer.eval_seeds": min(held_out, own.eval_questions),
+        "trainer.steps": own.steps,
+        "trainer.prompts_per_step": own.prompts_per_step,
+        "trainer.rollouts_per_prompt": own.rollouts_per_prompt,
+        "trainer.advantage": "grpo",
+        "trainer.temperature": own.temperature,
+        "trainer.prompt_tokens": own.prompt_tokens,
+        "trainer.response_tokens": response,
+        "trainer.max_turns": turns,
+        "trainer.turn_tokens": reward.max_new_tokens,
+        "trainer.max_tool_tokens": reward.max_tool_tokens,
+        "trainer.worked_examples": reward.worked_examples,
+        "trainer.guided_tool_call": False,
+    }
+    return changed(settings, changes)
+
+
+def paths_of(settings: Settings, number: int, role: Role) -> RunPaths:
+    """The paths of a role's part of a round."""
+    return run_paths(changed(settings, {"trainer.round": number, "trainer.role": role}))
+
+
+def starting_model(settings: Settings, number: int, role: Role) -> str:
+    """What a role starts from in a round: the model of the settings, or its weights of the round before."""
+    if number == 1:
+        return settings.trainer.actor.model if role == "proposer" else settings.solver.model
+    return str(paths_of(settings, number - 1, role).weights)
