@@ -131,7 +131,7 @@ def json_lines(rows: Sequence[Mapping[str, Any]]) -> str:
 def proposer_verdict(step: int, *, split: str = TRAIN, right: int = 1, attempts: int = 3, **changes: Any) -> Verdict:
     """The log's line of a proposer's rollout of one hop about paper 7, with `right` of its attempts right."""
     row = {"pmid": "7", "document": "Zinc heals.", "split": split, "index": 0} | changes
-    question, answer = row.pop("question", "Which metal heals?"), row.pop("answer", "zinc")
+    question, answer = str(row.pop("question", "Which metal heals?")), str(row.pop("answer", "zinc"))
     turn = f"<think>I ask.</think><question>{question}</question><answer>{answer}</answer>"
     trajectory = {"turns": [turn], "searches": row.pop("searches", []), "step": step}
     proposal = read_proposal(trajectory, hop=1, info=row)
@@ -182,8 +182,8 @@ def publish_round(settings: Settings, number: int, questions: Sequence[Row], ste
         publish_files(proposer.index, {"index": "made"})
     hard, fair = (proposer_verdict(step, split=HELD_OUT, right=k) for step, k in ((0, 0), (steps, 1)))
     publish_training(proposer, [hard], [fair], steps)
-    wrong, right = (solver_verdict(step, said, split=HELD_OUT) for step, said in ((0, "lead"), (steps, "zinc")))
-    publish_training(solver, [wrong, wrong], [wrong, right], steps)
+    said = [solver_verdict(step, text, split=HELD_OUT) for step in (0, steps) for text in ("lead", "zinc")]
+    publish_training(solver, [said[0]] * 2, said[2:], steps)
     publish_weights_at(proposer.weights, f"proposer {number}")
     with publish(proposer.questions, settings={}, made_from={"test": str(number)}) as draft:
         write_rows(list(questions), draft.path / FILE)

@@ -62,7 +62,19 @@ def test_the_solver_is_trained_as_it_answers(tmp_path: Path) -> None:
     assert (own.trainer.role, own.trainer.round, own.trainer.advantage) == ("solver", 2, "grpo")
     assert (own.trainer.max_turns, own.trainer.turn_tokens) == (reward.max_turns, reward.max_new_tokens)
     assert own.trainer.response_tokens >= reward.max_turns * reward.max_new_tokens + reward.max_tool_tokens
+    assert own.trainer.kv_tokens == settings.trainer.kv_tokens
     assert (own.trainer.seeds, own.trainer.eval_seeds) == (9, 1)
+
+
+@pytest.mark.parametrize("name", profiles())
+def test_an_answer_in_training_has_the_context_of_an_attempt_and_fits_the_memory_of_the_proposers_plan(
+    tmp_path: Path, name: str
+) -> None:
+    settings = settings_at(tmp_path, DRZERO_PROFILE=name)
+    questions_of(settings, 1, train=1000, held_out=100)
+    own, longest = solver_settings(settings, 1), settings.trainer.prompt_tokens + settings.trainer.response_tokens
+    assert own.trainer.prompt_tokens + own.trainer.response_tokens <= min(settings.solver.context_tokens, longest)
+    assert own.trainer.turn_tokens < own.trainer.response_tokens
 
 
 @pytest.mark.parametrize(("train", "held_out"), [(1, 5), (9, 0)])

@@ -51,7 +51,7 @@ STAGES: dict[str, Stage] = {
     "solver_train": Stage("solver", train, lambda paths: paths.training),
     "solver_publish": Stage("solver", publish_solver, lambda paths: paths.weights),
     "evaluate": Stage("solver", evaluate, lambda paths: paths.evaluation),
-    "report": Stage("solver", write_report, lambda paths: paths.report),
+    "report": Stage("proposer", write_report, lambda paths: paths.report),
 }
 Place = tuple[int, str]  # round and stage
 

@@ -70,7 +70,7 @@ MISMATCHES = (
 
 
 def write_report(settings: Settings, paths: RunPaths, log: structlog.stdlib.BoundLogger) -> None:
-    """Write report.html unless the current one is there."""
+    """Write report.html unless the current one is there. `settings` are those of the round's proposer."""
     rounds = range(1, settings.trainer.round + 1)
     evaluations = [read_manifest(paths_of(settings, number, "solver").evaluation).identity for number in rounds]
     origin = {"evaluations": hash_json(evaluations), "template": hash_file(TEMPLATE)}
@@ -87,12 +87,12 @@ def render(settings: Settings, paths: RunPaths) -> str:
     """The page."""
     import jinja2
 
-    proposer = paths_of(settings, settings.trainer.round, "proposer")
-    rollouts = list(read_lines(proposer.training / "rollouts.jsonl"))
+    solver = paths_of(settings, settings.trainer.round, "solver")
+    rollouts = list(read_lines(paths.training / "rollouts.jsonl"))
     numbers = step_metrics(rollouts)
-    metrics = list(read_lines(proposer.training / "metrics.jsonl"))
+    metrics = list(read_lines(paths.training / "metrics.jsonl"))
     timed = [m for m in metrics if "timing_s/step" in m]
-    steps, solved_steps = by_step(rollouts), by_step(list(read_lines(paths.training / "rollouts.jsonl")))
+    steps, solved_steps = by_step(rollouts), by_step(list(read_lines(solver.training / "rollouts.jsonl")))
     evaluations = read_evaluations(settings)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     corpus = Corpus(paths.corpus)

@@ -31,8 +31,8 @@ def proposer_settings(settings: Settings, number: int) -> Settings:
 def solver_settings(settings: Settings, number: int) -> Settings:
     """The settings of the solver's own training in round `number`, on the questions of that round.
 
-    `solver.model` stays the one that the run began with. Turns, their lengths and worked examples are those of its
-    attempts. Raises ArtifactError without questions and UsageError when there are too few.
+    `solver.model` stays the one that the run began with. Turns, their lengths, worked examples and context are those of
+    its attempts. Raises ArtifactError without questions and UsageError when there are too few.
     """
     reward, own = settings.trainer.reward, settings.trainer.solver
     questions = read_manifest(paths_of(settings, number, "solver").questions).counts
@@ -45,12 +45,17 @@ def solver_settings(settings: Settings, number: int) -> Settings:
             "longer, or lower the first number"
         )
     turns = reward.max_turns
-    response = turns * reward.max_new_tokens + (turns - 1) * (reward.max_tool_tokens + TOOL_MARKUP_TOKENS)
+    longest = turns * reward.max_new_tokens + (turns - 1) * (reward.max_tool_tokens + TOOL_MARKUP_TOKENS)
+    # No sequence is longer than an attempt may be, nor than the memory plan, that of the proposer, has room for.
+    room = min(settings.solver.context_tokens, settings.trainer.prompt_tokens + settings.trainer.response_tokens)
+    response = max(1, min(longest, room - own.prompt_tokens))
     changes = {
         "trainer.round": number,
         "trainer.role": "solver",
         "trainer.actor.model": starting_model(settings, number, "solver"),
         "trainer.actor.learning_rate": own.learning_rate,
+        # What does not fit the pool of the plan waits for a place.
+        "trainer.actor.kv_tokens": settings.trainer.kv_tokens,
         "trainer.seeds": train,
         "trainer.eval_seeds": min(held_out, own.eval_questions),
         "trainer.steps": own.steps,
