@@ -28,6 +28,21 @@ doctor: venv  ## Check ports, disk, memory, GPU, models and settings
 settings: venv  ## List every setting with its value, bound and meaning
 	@$(WITH_ENV) $(PY) -m shared.settings_table
 
+# What is given after the target reaches the shell as a variable, so that no quote in a question can end its quotes.
+.PHONY: ask
+ask: venv  ## Ask the served agent: make ask Q="…"
+	@$(WITH_ENV) $(PY) -m services.trainer.ask -- "$${Q:-}"
+
+.PHONY: generate
+generate: venv  ## Questions by the trained proposer: PMID=… or TOPIC="…", further HOPS, COUNT, ROUND
+	@$(WITH_ENV) $(PY) -m services.trainer.generate --text $(if $(PMID),--pmid="$$PMID") $(if $(TOPIC),--topic="$$TOPIC") \
+	  $(if $(HOPS),--hops="$$HOPS") $(if $(COUNT),--count="$$COUNT") $(if $(ROUND),--round="$$ROUND")
+
+.PHONY: export
+export: venv  ## Zip the newest round's solver with its model card; ROUND=…, TO=file.zip, PUSH=owner/name
+	@$(WITH_ENV) $(PY) -m services.trainer.export $(if $(ROUND),--round="$$ROUND") $(if $(TO),--to="$$TO") \
+	  $(if $(PUSH),--push="$$PUSH")
+
 .PHONY: clean
 clean:  ## Delete scratch (checkpoints, caches, logs); papers, index, runs and weights stay
 	rm -rf scratch

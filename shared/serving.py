@@ -18,8 +18,9 @@ def note_path(settings: Settings) -> Path:
 
 
 def note_served(settings: Settings, weights: str) -> None:
-    """Note which weights are to be served instead of `solver.model`."""
-    write_atomically(note_path(settings), json.dumps({"instead_of": settings.solver.model, "weights": weights}) + "\n")
+    """Note which weights are to be served instead of the model that the service was started with."""
+    started_with = settings.solver.in_place_of or settings.solver.model
+    write_atomically(note_path(settings), json.dumps({"instead_of": started_with, "weights": weights}) + "\n")
 
 
 def weights_to_serve(settings: Settings) -> str:

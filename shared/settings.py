@@ -7,6 +7,7 @@ variable is a `SettingsError` that names it. Secrets are no settings: they come 
 """
 
 import difflib
+import json
 import math
 import os
 import tomllib
@@ -89,7 +90,7 @@ class IngestSettings(Section):
         (), description="Keep articles in these languages only, as PubMed codes them (`eng,fre`); none named keeps all."
     )
     exclude_publication_types: tuple[str, ...] = Field(
-        (), description="Drop these publication types, such as `Letter,News`; names with a comma only in a profile."
+        (), description="Drop these publication types, such as `Letter,News`; names with a comma as a JSON list."
     )
     keep_retracted: bool = Field(False, description="Keep papers that were retracted instead of dropping them.")
     exclude_pmids: tuple[Path, ...] = Field(
@@ -236,6 +237,9 @@ class SolverSettings(Section):
         "sglang", description="`sglang` on GPUs, `transformers` (transformers serve) without one."
     )
     model: str = Field("Qwen/Qwen2.5-3B-Instruct", description="Hugging Face id, folder, or `package:<module>/<file>`.")
+    in_place_of: str | None = Field(
+        None, description="Model that the service was started with, where `model` is a run's; the driver sets it."
+    )
     served_name: str = Field("solver", description="Model name that requests and /v1/models use.")
     host: str = Field("127.0.0.1", description="Address the service listens on.")
     port: Port = Field(8001, description="Port the service listens on.")
@@ -644,7 +648,7 @@ def as_environment(settings: Settings) -> dict[str, str]:
             value = value[key]
         if value is None:
             return ""
-        return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+        return json.dumps(value) if isinstance(value, list) else str(value)
 
     return {name: text(path) for name, path in known_variables().items()}
 
@@ -658,8 +662,15 @@ def load_settings() -> Settings:
 def _put(values: dict[str, Any], path: tuple[str, ...], text: str) -> None:
     for key in path[:-1]:
         values = values.setdefault(key, {})
-    # Only tuples need more than one value in a variable: "4,3,2,1".
-    values[path[-1]] = text.split(",") if path[-1] in LISTS else text
+    values[path[-1]] = _items(text) if path[-1] in LISTS else text
+
+
+def _items(text: str) -> Any:
+    """The values of a variable that has several: `4,3,2,1`, or a JSON list where one holds a comma."""
+    try:
+        return json.loads(text) if text.startswith("[") else text.split(",")
+    except ValueError:
+        return text.split(",")
 
 
 def _share_out_gpus(values: dict[str, Any]) -> None:

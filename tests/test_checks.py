@@ -20,6 +20,7 @@ from services.trainer.fitting import FittedSeed
 from services.trainer.overrides import verl_overrides
 from services.trainer.paths import RunPaths, run_paths
 from services.trainer.seeds import seed_row, spread_hops, write_rows
+from services.trainer.solver_seeds import numbered, solver_row
 from services.trainer.templates import position_problems, render_probe, template_problems
 from shared.command import UsageError
 from shared.model_files import CHAT_TEMPLATE
@@ -183,6 +184,59 @@ def test_a_defect_of_the_seed_files_is_named_once_with_what_to_do(tmp_path: Path
     problem = only(seed_file_problems(write_seeds(tmp_path, change), TRAINER))
     assert words in problem
     assert "and run the same command again" in problem
+
+
+SOLVER = TrainerSettings(
+    role="solver", seeds=20, eval_seeds=4, prompts_per_step=10, prompt_tokens=500, rollouts_per_prompt=5
+)
+
+
+def write_questions(folder: Path, change: Callable[[list[Row]], object] = lambda rows: None) -> Path:
+    """A solver's seed files, all of one hop, of which `change` has edited the training rows in place."""
+    for split, count in (("train", 20), ("held_out", 4)):
+        asked = [
+            {"split": split, "pmid": f"{count}{n}", "hop": 1, "question": f"Question {n}?", "answer": "AMPK"}
+            for n in range(count)
+        ]
+        prompt = [{"role": "user", "content": "Why?"}]
+        rows = numbered([solver_row(one, prompt, 400, SOLVER) for one in asked], split, seed=1)
+        if split == "train":
+            change(rows)
+        write_rows(rows, folder / f"{split}.parquet")
+    return folder
+
+
+def test_a_solvers_seeds_have_any_hops_and_fields_of_their_own(tmp_path: Path) -> None:
+    assert seed_file_problems(write_questions(tmp_path), SOLVER) == []
+    of_another_role = seed_file_problems(tmp_path, TRAINER)
+    assert [("document" in problem and "in extra_info" in problem) for problem in of_another_role] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda rows: rows.__delitem__(slice(9, None)), "DRZERO_TRAINER__SOLVER__PROMPTS_PER_STEP = 10 rows, found 9"),
+        (lambda rows: rows[2]["extra_info"].update(prompt_tokens=501), "DRZERO_TRAINER__SOLVER__PROMPT_TOKENS = 500"),
+        (each(lambda row: row["extra_info"].pop("answer")), "in extra_info"),
+        (lambda rows: rows[0]["extra_info"].update(pmid="41"), "no PMID in both files, found 1"),
+    ],
+)
+def test_a_defect_of_a_solvers_seeds_is_named_with_its_own_variable(
+    tmp_path: Path, change: Callable[[list[Row]], object], words: str
+) -> None:
+    assert words in only(seed_file_problems(write_questions(tmp_path, change), SOLVER))
+
+
+def test_too_few_kept_out_questions_are_named(tmp_path: Path) -> None:
+    more = SOLVER.model_copy(update={"eval_seeds": 5})
+    problem = only(seed_file_problems(write_questions(tmp_path), more))
+    assert "DRZERO_TRAINER__SOLVER__EVAL_QUESTIONS = 5 rows, found 4" in problem
+
+
+def test_a_solvers_batch_that_does_not_divide_names_the_solvers_variables() -> None:
+    chosen = settings(ROLE="solver", PROMPTS_PER_STEP=3, ROLLOUTS_PER_PROMPT=3, ACTOR__GPUS=2)
+    problem = only(arithmetic_problems(chosen))
+    assert "DRZERO_TRAINER__SOLVER__PROMPTS_PER_STEP, DRZERO_TRAINER__SOLVER__ROLLOUTS_PER_PROMPT" in problem
 
 
 def test_a_missing_validation_file_is_named(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from services.trainer import late_rewards, reward
 from services.trainer.late_rewards import LateRewards, Rollout
 from services.trainer.paths import run_paths
 from services.trainer.records import DEFECTS, append_defect, compact
-from shared.settings import Settings, build_settings
+from shared.settings import Settings, build_settings, changed
 
 TURN = "<think>x</think><question>Which enzyme does metformin act on?</question><answer>AMPK</answer>"
 INFO = {"document": "Metformin activates AMPK.", "split": "train", "index": 0, "pmid": "1"}
@@ -73,6 +73,20 @@ def test_in_training_verl_is_not_kept_waiting_and_the_verdict_is_the_same(
     [verdict] = LateRewards(settings).wait({"a": rollout("a")}).values()
     assert {name: verdict[name] for name in waited} == waited
     assert verdict["attempts_made"] == settings.trainer.reward.attempts
+
+
+def test_a_rollout_of_the_solvers_training_comes_late_too_and_needs_no_solver(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = changed(settings_at(tmp_path), {"trainer.role": "solver"})
+    run_paths(settings).log.mkdir(parents=True)
+    monkeypatch.setitem(INFO, "question", "Which enzyme does metformin act on?")
+    monkeypatch.setitem(INFO, "answer", "AMPK")
+    monkeypatch.setitem(INFO, "hop", 1)
+    assert compute(settings, monkeypatch, "a", "train") == (reward.PENDING, 1)
+    found = LateRewards(settings).wait({"a": rollout("a")})["a"]
+    assert (found["score"], found["valid"], found["gold"]) == (1, 1, "AMPK")
+    assert LateRewards(settings).judge({"b": rollout("b")})["b"]["score"] == 1
 
 
 def test_every_rollout_gets_its_own_verdict_when_it_is_written(tmp_path: Path) -> None:

@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 
-from services.trainer.checks import batch_problems
+from services.trainer.checks import arithmetic_problems, batch_problems
 from services.trainer.overrides import cluster_overrides, verl_overrides
 from services.trainer.paths import run_paths
+from services.trainer.rounds import paths_of, solver_settings
+from shared.files import publish
 from shared.settings import Settings, build_settings, profiles
 
 hydra = pytest.importorskip("hydra", reason="verl's configuration needs hydra, which only the trainer installs")
@@ -35,6 +37,29 @@ def test_a_profile_composes_against_verls_tree(profile: str, resume_from: str | 
     assert config.actor_rollout_ref.rollout.name == trainer.actor.rollout_engine
     assert config.trainer.total_training_steps == trainer.steps
     assert config.trainer.resume_mode == ("disable" if resume_from is None else "resume_path")
+
+
+@pytest.mark.parametrize("profile", profiles())
+def test_the_solvers_own_training_composes_too_and_says_what_the_round_says(tmp_path: Path, profile: str) -> None:
+    given = build_settings({"DRZERO_PROFILE": profile, "DRZERO_STORAGE__DATA_DIR": str(tmp_path)})
+    questions = paths_of(given, 2, "solver").questions
+    with publish(questions, settings={}, made_from={}) as draft:
+        draft.counts = {"train": 500, "held_out": 50}
+    settings = solver_settings(given, 2)
+    config, own = compose(settings), given.trainer.solver
+    assert config.data.train_files == str(paths_of(given, 2, "solver").seeds / "train.parquet")
+    assert config.data.train_batch_size == own.prompts_per_step
+    assert config.actor_rollout_ref.rollout.n == own.rollouts_per_prompt
+    assert config.actor_rollout_ref.rollout.temperature == own.temperature
+    assert config.actor_rollout_ref.rollout.multi_turn.max_assistant_turns == given.trainer.reward.max_turns
+    assert config.actor_rollout_ref.actor.optim.lr == own.learning_rate
+    assert config.trainer.total_training_steps == own.steps
+    assert config.trainer.default_local_dir == str(paths_of(given, 2, "solver").checkpoints)
+    assert (config.data.max_prompt_length, config.data.max_response_length) == (
+        own.prompt_tokens,
+        settings.trainer.response_tokens,
+    )
+    assert arithmetic_problems(settings) == []
 
 
 @pytest.mark.parametrize("rank", [0, 16])

@@ -146,7 +146,7 @@ def studies(known: Sequence[str], evil: str) -> Any:
             return f"<think>I search. {evil}</think><tool_call>{json.dumps(call)}</tool_call>"
         if "Answer with one of" in asked:
             return f"<answer>yes {evil}</answer>"
-        found = next(metal for word, metal in METALS.items() if word in asked)
+        found = next((metal for word, metal in METALS.items() if word in asked), "none")
         return f"<think>So.</think><answer>{found if found in known else 'gold'} {evil}</answer>"
 
     return answer

@@ -4,6 +4,7 @@ import asyncio
 import json
 import socket
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from tiny_model import tiny_tokenizer
 from services.trainer import reward
 from services.trainer.paths import run_paths
 from services.trainer.protocol import hop_of
-from shared.settings import Settings, build_settings
+from shared.settings import Settings, build_settings, changed
 
 TURN = "<think>x</think><question>Which enzyme does metformin act on?</question><answer>AMPK</answer>"
 CALL = '<tool_call>{"name": "search", "arguments": {"query_list": ["metformin"]}}</tool_call>'
@@ -48,9 +49,16 @@ def made_at(settings: Settings) -> Settings:
 INFO = {"document": "Metformin activates AMPK.", "split": "train", "index": 0, "pmid": "1"}
 
 
-def score(turn: str, hop: int = 1, lost: str = "", measured: dict[str, float] | None = None) -> dict[str, Any]:
+def score(
+    turn: str,
+    hop: int = 1,
+    lost: str = "",
+    measured: dict[str, float] | None = None,
+    more: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The numbers of a rollout of one turn, once it is judged; `measured` and `more` go to trajectory and info."""
     trajectory = {"step": 1, "turns": [turn], "searches": [], "trained_tokens": 9, "lost": lost, **(measured or {})}
-    info = INFO | {"trajectory": json.dumps(trajectory)}
+    info = INFO | dict(more or {}) | {"trajectory": json.dumps(trajectory)}
 
     async def compute() -> dict[str, Any]:
         judging = reward.judging_of_this_loop()
@@ -164,6 +172,77 @@ def test_one_lost_attempt_leaves_the_others_their_say(settings: Settings) -> Non
         verdict = score(TURN)
     assert (verdict["valid"], verdict["attempts_valid"], verdict["attempts_correct"]) == (1, 2, 1)
     assert verdict["difficulty"] == 1
+
+
+def solving(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same settings for a worker of the solver's own training, with no service to be reached."""
+    ADDRESSES.update(solver="http://127.0.0.1:9", search="http://127.0.0.1:9")
+    monkeypatch.setattr(reward, "load_settings", lambda: changed(made_at(settings), {"trainer.role": "solver"}))
+
+
+GOLD = {"question": "Which enzyme does metformin act on?", "answer": "AMPK", "hop": 2}
+
+
+@pytest.mark.parametrize(
+    ("said", "right"),
+    [
+        ("<answer>AMPK</answer>", 1),
+        ("<answer>the ampk.</answer>", 1),
+        ("<answer>AMPK</answer><answer>mTOR</answer>", 0),
+        ("AMPK", 0),
+    ],
+)
+def test_a_rollout_of_the_solver_is_scored_by_exact_match_and_asks_nobody(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, said: str, right: float
+) -> None:
+    solving(settings, monkeypatch)
+    numbers = score(f"<think>x</think>{said}", hop=2, more=GOLD)
+    assert (numbers["score"], numbers["exact_match"], numbers["valid"]) == (right, right, 1)
+    solver = settings_of_round(settings)
+    [verdict] = written(solver)
+    assert {name: verdict[name] for name in numbers} == numbers
+    assert (verdict["question"], verdict["gold"], verdict["attempts"]) == (GOLD["question"], "AMPK", [])
+    assert verdict["answer"] == ("" if said == "AMPK" else said.rpartition("<answer>")[2].removesuffix("</answer>"))
+
+
+def settings_of_round(settings: Settings) -> Settings:
+    """The settings by which the solver's log is found."""
+    return changed(settings, {"trainer.role": "solver"})
+
+
+@pytest.mark.parametrize("reason", ["search", "deadline"])
+def test_a_lost_rollout_of_the_solver_is_invalid_and_not_wrong(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, reason: str
+) -> None:
+    solving(settings, monkeypatch)
+    assert score("<answer>mTOR</answer>", hop=2, lost=reason, more=GOLD)["valid"] == 0
+    [verdict] = written(settings_of_round(settings))
+    assert (verdict["valid"], verdict["invalid_reason"]) == (0, reason)
+
+
+def test_a_validation_of_the_solver_is_scored_at_once(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    solving(settings, monkeypatch)
+    numbers = score("<answer>AMPK</answer>", hop=2, more=GOLD | {"split": "held_out"})
+    assert numbers["score"] == 1
+    assert [verdict["split"] for verdict in written(settings_of_round(settings))] == ["held_out"]
+
+
+def test_searches_of_a_solver_are_counted_by_whether_they_brought_papers() -> None:
+    searches = [{"queries": ["metformin"], "pmids": pmids, "text": ""} for pmids in (["7"], [])]
+    turns = [CALL, CALL, "<tool_call>{</tool_call><answer>HER2</answer>"]
+    info = INFO | GOLD | {"answer": "ERBB2"}
+    numbers, verdict = reward.score_answer({"turns": turns, "searches": searches, "step": 3}, info)
+    assert (numbers["searches_made"], numbers["calls_failed"]) == (1, 2)
+    assert (numbers["score"], numbers["biomedical_match"]) == (0, 1)
+    assert (verdict["step"], verdict["calls_broken"]) == (3, {"not_json": 1})
+
+
+def test_a_question_without_a_gold_answer_is_an_error_and_not_a_score(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    solving(settings, monkeypatch)
+    with pytest.raises(ValueError, match="at least one gold answer"):
+        score("<answer>AMPK</answer>", hop=2, more=GOLD | {"answer": ""})
 
 
 def test_the_batch_entry_gives_the_same_scores_as_the_streaming_one(settings: Settings) -> None:

@@ -1,17 +1,25 @@
 """Rounds: what each role starts from, which parts of a run are asked for, and what a run has cost."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from services.trainer.__main__ import STAGES, chosen, only_driver
+from services.trainer import run_state
+from services.trainer.__main__ import STAGES, chosen, only_driver, place
 from services.trainer.paths import run_paths
-from services.trainer.rounds import paths_of, proposer_settings, solver_settings
+from services.trainer.questions import question_settings
+from services.trainer.rounds import Role, paths_of, proposer_settings, solver_settings
 from services.trainer.run_state import RunState, read_state
+from services.trainer.seeds import seed_settings
+from services.trainer.train import training_settings
 from shared.command import UsageError
-from shared.files import publish, read_manifest
+from shared.files import ArtifactError, publish, read_manifest
 from shared.settings import Settings, as_environment, build_settings, changed, profiles
 
 ROOT = Path(__file__).parents[1]
@@ -38,6 +46,56 @@ def test_settings_travel_through_the_environment_unchanged(name: str) -> None:
     assert build_settings(as_environment(settings)) == settings
 
 
+texts = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), max_size=20)
+
+
+@given(
+    terms=st.lists(texts | st.sampled_from(["Diabetes Mellitus, Type 2", "[x]", '["x"', ""]), max_size=3),
+    files=st.lists(st.sampled_from(["a.txt", "a, b.txt", "[1]/c.txt"]), max_size=2),
+    ratio=st.tuples(*[st.integers(0, 9)] * 4).filter(any),
+    number=st.integers(1, 9),
+    rate=st.floats(1e-12, 1, exclude_min=True),
+)
+def test_changed_settings_travel_too_lists_with_commas_and_empty_ones_among_them(
+    terms: list[str], files: list[str], ratio: tuple[int, ...], number: int, rate: float
+) -> None:
+    changes: dict[str, Any] = {
+        "trainer.seed_mesh": terms,
+        "trainer.exclude_pmids": files,
+        "trainer.evaluation.sets": files,
+        "trainer.hop_ratio": ratio,
+        "trainer.round": number,
+        "trainer.actor.learning_rate": rate,
+        "trainer.actor.offload": True,
+    }
+    settings = changed(build_settings({}), changes)
+    assert settings.trainer.seed_mesh == tuple(terms)
+    assert build_settings(as_environment(settings)) == settings
+
+
+@pytest.mark.parametrize("name", profiles())
+def test_what_a_role_is_told_in_a_round_reaches_its_child_processes(tmp_path: Path, name: str) -> None:
+    settings = settings_at(tmp_path, DRZERO_PROFILE=name)
+    for number in (1, 2):
+        questions_of(settings, number, train=1000, held_out=100)
+        for own in (proposer_settings(settings, number), solver_settings(settings, number)):
+            assert build_settings(as_environment(own)) == own
+
+
+def test_a_change_leaves_the_settings_it_starts_from_as_they_are() -> None:
+    settings = build_settings({})
+    other = changed(settings, {"trainer.reward.attempts": 4})
+    assert (settings, other.trainer.reward.attempts) == (build_settings({}), 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("trainer.step", 3), ("trainer.actor.nothing", 1), ("trainer.role", "judge"), ("gpus", 0)]
+)
+def test_an_unknown_name_or_a_value_out_of_bounds_is_no_change(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=name.rpartition(".")[2]):
+        changed(build_settings({}), {name: value})
+
+
 def test_a_change_that_breaks_a_rule_is_refused() -> None:
     with pytest.raises(ValueError, match="prompts_per_step"):
         changed(build_settings({}), {"trainer.prompts_per_step": 10_000})
@@ -53,6 +111,40 @@ def test_round_1_starts_from_the_settings_and_round_2_from_round_1(tmp_path: Pat
     assert run_paths(second).weights == tmp_path / "data" / "runs" / "demo" / "2" / "proposer" / "weights"
 
 
+@pytest.mark.parametrize("name", profiles())
+def test_a_proposers_training_is_that_of_the_settings_but_for_its_round_and_its_models(
+    tmp_path: Path, name: str
+) -> None:
+    settings = settings_at(tmp_path, DRZERO_PROFILE=name)
+    own = proposer_settings(settings, 2)
+    models = {"trainer.actor.model": "x", "solver.model": "x", "solver.in_place_of": None, "trainer.round": 1}
+    assert changed(own, models) == changed(settings, models)
+
+
+@pytest.mark.parametrize("role", ["proposer", "solver"])
+def test_each_round_and_role_has_its_own_files_and_a_round_shares_questions_and_report(
+    tmp_path: Path, role: Role
+) -> None:
+    settings = settings_at(tmp_path)
+    own, other, later = (
+        paths_of(settings, 1, role),
+        paths_of(settings, 1, "solver" if role == "proposer" else "proposer"),
+        paths_of(settings, 2, role),
+    )
+    of_a_role = ("seeds", "training", "weights", "last_good", "checkpoints", "log")
+    assert not {getattr(own, part) for part in of_a_role} & {getattr(other, part) for part in of_a_role}
+    for part in ("questions", "evaluation", "report", "candidates"):
+        assert getattr(own, part) == getattr(other, part) != getattr(later, part)
+    assert own.run == other.run == later.run == tmp_path / "data" / "runs" / "demo"
+
+
+def test_a_further_round_changes_nothing_of_those_before() -> None:
+    one, three = (proposer_settings(build_settings({"DRZERO_TRAINER__ITERATIONS": n}), 1) for n in ("1", "3"))
+    assert seed_settings(one.trainer) == seed_settings(three.trainer)
+    assert training_settings(one) == training_settings(three)
+    assert question_settings(one) == question_settings(three)
+
+
 def test_the_solver_is_trained_as_it_answers(tmp_path: Path) -> None:
     settings = settings_at(tmp_path)
     questions_of(settings, 2, train=9, held_out=1)
@@ -64,6 +156,25 @@ def test_the_solver_is_trained_as_it_answers(tmp_path: Path) -> None:
     assert own.trainer.response_tokens >= reward.max_turns * reward.max_new_tokens + reward.max_tool_tokens
     assert own.trainer.kv_tokens == settings.trainer.kv_tokens
     assert (own.trainer.seeds, own.trainer.eval_seeds) == (9, 1)
+    assert (own.trainer.worked_examples, own.trainer.guided_tool_call) == (reward.worked_examples, False)
+
+
+def test_in_round_1_the_solver_starts_from_the_model_that_is_served(tmp_path: Path) -> None:
+    settings = settings_at(tmp_path, DRZERO_TRAINER__ACTOR__MODEL="/models/proposer")
+    questions_of(settings, 1, train=9, held_out=100)
+    own = solver_settings(settings, 1)
+    assert own.trainer.actor.model == settings.solver.model
+    assert own.trainer.eval_seeds == settings.trainer.solver.eval_questions
+
+
+@pytest.mark.parametrize(("attempt", "expected"), [({}, 64 * 2 + 128 + 64), ({"MAX_TURNS": "1"}, 64)])
+def test_an_answer_in_training_may_be_as_long_as_all_its_turns_and_results(
+    tmp_path: Path, attempt: dict[str, str], expected: int
+) -> None:
+    own = {f"DRZERO_TRAINER__REWARD__{name}": value for name, value in attempt.items()}
+    settings = settings_at(tmp_path, DRZERO_TRAINER__SOLVER__PROMPT_TOKENS="100", **own)
+    questions_of(settings, 1, train=9, held_out=1)
+    assert solver_settings(settings, 1).trainer.response_tokens == expected
 
 
 @pytest.mark.parametrize("name", profiles())
@@ -85,6 +196,11 @@ def test_too_few_questions_are_refused_with_what_to_change(tmp_path: Path, train
         solver_settings(settings, 1)
 
 
+def test_without_questions_the_artifact_that_lacks_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"expected the artifact .*questions, found none"):
+        solver_settings(settings_at(tmp_path), 1)
+
+
 # ---- parts of a run --------------------------------------------------------------------------------------------------
 
 
@@ -98,10 +214,34 @@ def test_a_part_may_name_its_rounds() -> None:
     assert chosen("", "seeds", 2)[-1] == (2, "seeds")
 
 
-@pytest.mark.parametrize("text", ["traim", "3.train", "0.train", "x.train", "1.", "1.traim", "2.1.train"])
+@given(first=st.integers(0, 26), length=st.integers(0, 26))
+def test_a_part_is_the_stages_from_its_first_to_its_last_without_a_gap(first: int, length: int) -> None:
+    run = chosen("", "", 3)
+    part = run[first : first + length + 1]
+    begin, end = (f"{number}.{name}" for number, name in (part[0], part[-1]))
+    assert chosen(begin, end, 3) == part
+
+
+@pytest.mark.parametrize(
+    "text", ["traim", "3.train", "0.train", "x.train", "1.", "1.traim", "2.1.train", ".train", "01.train", "١.train"]
+)
 def test_no_such_place_is_refused_with_those_there_are(text: str) -> None:
     with pytest.raises(UsageError, match=r"unknown place .* expected one of seeds, train, .* a round of 1 to 2"):
         chosen(text, "", 2)
+
+
+places = st.builds("{}{}{}".format, texts, st.sampled_from([".", "", "1.", " "]), st.sampled_from([*STAGES]))
+
+
+@given(text=texts | places)
+def test_a_text_is_a_stage_with_or_without_its_round_or_it_is_refused(text: str) -> None:
+    known = {*STAGES, *(f"{number}.{name}" for number in (1, 2) for name in STAGES)}
+    if text in known:
+        number, name = place(text, 2, 2)
+        assert text in (name, f"{number}.{name}")
+    else:
+        with pytest.raises(UsageError, match="expected one of seeds"):
+            place(text, 2, 2)
 
 
 def test_an_end_before_the_beginning_is_refused() -> None:
@@ -120,6 +260,27 @@ def test_a_second_driver_of_the_same_run_is_refused(tmp_path: Path) -> None:
     assert "another process drives the run" in said.stdout
     with only_driver(tmp_path):
         pass  # it is free again
+
+
+def test_a_driver_that_was_killed_leaves_the_run_free(tmp_path: Path) -> None:
+    script = (
+        "import sys\nfrom pathlib import Path\nfrom services.trainer.__main__ import only_driver\n"
+        f"with only_driver(Path({str(tmp_path)!r})):\n    print('driving', flush=True)\n    sys.stdin.read()\n"
+    )
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, **pipes) as other:
+        try:
+            assert other.stdout is not None
+            assert other.stdout.readline() == "driving\n"
+            with pytest.raises(UsageError, match=f"another process drives the run {tmp_path}; wait for it or stop it"):
+                only_driver(tmp_path).__enter__()
+            with only_driver(tmp_path / "another run"):
+                pass
+        finally:
+            other.kill()
+    assert other.returncode == -signal.SIGKILL
+    with only_driver(tmp_path):
+        pass
 
 
 # ---- what it has cost ------------------------------------------------------------------------------------------------
@@ -152,3 +313,46 @@ def test_what_is_made_again_is_counted_anew(tmp_path: Path) -> None:
         state.stages["1.seeds"]["seconds"] += 100 * (version == 1)
     assert read_state(tmp_path)["1.seeds"]["seconds"] < 60
     assert read_state(tmp_path)["1.seeds"]["cost"] is None
+
+
+def test_a_remake_that_was_interrupted_counts_with_the_rest_of_it_and_not_with_what_it_replaces(tmp_path: Path) -> None:
+    state, artifact = RunState(tmp_path, settings_at(tmp_path)), tmp_path / "artifact"
+    with state.timing("1.seeds", artifact), publish(artifact, settings={"version": 1}, made_from={}):
+        pass
+    state.stages["1.seeds"]["seconds"] = 1000.0
+    with pytest.raises(RuntimeError), state.timing("1.seeds", artifact):
+        raise RuntimeError
+    state.stages["1.seeds"]["seconds"] = 100.0
+    again = RunState(tmp_path, settings_at(tmp_path))
+    again.stages = state.stages
+    with again.timing("1.seeds", artifact), publish(artifact, settings={"version": 2}, made_from={}):
+        pass
+    found = read_state(tmp_path)["1.seeds"]
+    assert 100 <= found["seconds"] < 160
+    assert found["artifact"] == read_manifest(artifact).identity
+    assert found["finished"] is not None
+
+
+def test_each_stage_has_its_own_account_and_another_process_reads_them_all(tmp_path: Path) -> None:
+    state = RunState(tmp_path, settings_at(tmp_path))
+    for label in ("1.seeds", "1.train", "2.seeds"):
+        with state.timing(label, tmp_path / label), publish(tmp_path / label, settings={}, made_from={}):
+            pass
+    assert list(read_state(tmp_path)) == ["1.seeds", "1.train", "2.seeds"]
+    assert RunState(tmp_path, settings_at(tmp_path)).stages == state.stages
+    assert read_state(tmp_path / "no run") == {}
+
+
+def test_energy_adds_up_where_cards_report_it_and_is_none_where_they_do_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readings = iter([1000.0, 4600.0, 10_000.0, 17_200.0, None, None])
+    monkeypatch.setattr(run_state, "energy_joules", lambda: next(readings))
+    state, artifact = RunState(tmp_path, settings_at(tmp_path)), tmp_path / "artifact"
+    with pytest.raises(RuntimeError), state.timing("1.train", artifact):
+        raise RuntimeError
+    for label in ("1.train", "1.publish"):
+        with state.timing(label, artifact), publish(artifact, settings={}, made_from={}):
+            pass
+    stages = read_state(tmp_path)
+    assert [stages[label]["energy_wh"] for label in ("1.train", "1.publish")] == [3.0, None]

@@ -124,7 +124,7 @@ def test_rounds_share_held_out_papers_and_no_question_rests_on_a_paper_that_trai
     questions = QuestionSettings(papers=papers)
     chosen = TrainerSettings(seed=seed, seeds=seeds, eval_seeds=held_out, prompts_per_step=4, questions=questions)
     rounds = rounds_of(chosen, 3)
-    assert rounds[:1] == rounds_of(chosen, 1)  # a further round changes no earlier one
+    assert rounds == rounds_of(chosen.model_copy(update={"iterations": 3}), 3)  # however many are planned
     trained: set[int] = set()
     asked: set[int] = set()
     for one in rounds:
@@ -134,6 +134,26 @@ def test_rounds_share_held_out_papers_and_no_question_rests_on_a_paper_that_trai
         trained |= one["train"]
         assert not one["questions"] & (one["held_out"] | trained | asked)
         asked |= one["questions"]
+
+
+@given(
+    seed=st.integers(0, 100), papers=st.integers(1, 40), seeds=st.integers(4, 60), held_out=st.integers(1, 40),
+    number=st.integers(1, 4),
+)  # fmt: skip
+def test_a_round_has_all_its_papers_or_none_and_with_more_room_those_before_it_have_them_too(
+    seed: int, papers: int, seeds: int, held_out: int, number: int
+) -> None:
+    chosen = TrainerSettings(
+        seed=seed, seeds=seeds, eval_seeds=held_out, prompts_per_step=4, questions=QuestionSettings(papers=papers)
+    )
+    drawn = [draw_rows(range(100), chosen.model_copy(update={"round": one})) for one in range(1, number + 1)]
+    there = [one is not None for one in drawn]
+    assert there == sorted(there, reverse=True)
+    for one in drawn:
+        if one is not None:
+            rows = [row for part in one.values() for row in part]
+            assert len(rows) == len(set(rows)) == seeds + held_out + papers
+            assert set(rows) <= set(range(100))
 
 
 def test_rounds_end_with_a_sentence_when_papers_run_out() -> None:
@@ -368,7 +388,11 @@ def test_the_same_seed_gives_the_same_bytes_in_another_process_which_never_loads
     assert manifest.settings["seed"] == 42
     assert manifest.counts["left_out_excluded"] == 2
     assert manifest.counts["left_out_short_abstract"] == 9
-    rows = [row for split in ("train", "held_out") for row in pq.read_table(first / f"{split}.parquet").to_pylist()]
+    parts = {name: pq.read_table(first / f"{name}.parquet").to_pylist() for name in ("train", "held_out", "questions")}
+    assert {name: len(part) for name, part in parts.items()} == {"train": 30, "held_out": 10, "questions": 12}
+    assert all(row["extra_info"]["split"] == name for name, part in parts.items() for row in part)
+    rows = [row for part in parts.values() for row in part]
+    assert len({row["extra_info"]["pmid"] for row in rows}) == 52
     lengths = [row["extra_info"]["prompt_tokens"] for row in rows]
     assert max(lengths) == manifest.counts["prompt_tokens_max"] <= 4000
     assert {row["extra_info"]["draw_seed"] for row in rows} == {42}

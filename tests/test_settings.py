@@ -93,6 +93,11 @@ def test_a_section_is_no_setting() -> None:
         ("TRAINER__HOP_RATIO", "4,3"),
         ("TRAINER__HOP_RATIO", "4,3,x,1"),
         ("TRAINER__HOP_RATIO", "4,3,2,-1"),
+        ("TRAINER__HOP_RATIO", "[4, 3]"),
+        ("TRAINER__ROUND", "0"),
+        ("TRAINER__ROLE", "judge"),
+        ("TRAINER__SOLVER__ROLLOUTS_PER_PROMPT", "1"),
+        ("TRAINER__QUESTIONS__HELD_OUT_SHARE", "0"),
         ("TRAINER__ACTOR__DEVICE", "tpu"),
         ("TRAINER__MAX_INVALID_SHARE", "1.5"),
         ("TRAINER__REWARD__ATTEMPTS", "1"),
@@ -136,6 +141,19 @@ def test_variables_win_over_the_profile_and_the_profile_over_defaults() -> None:
     settings = build_settings({"DRZERO_PROFILE": "a100x1", "DRZERO_TRAINER__SEEDS": "77"})
     assert (settings.trainer.seeds, settings.trainer.steps) == (77, 50)
     assert build_settings({"DRZERO_TRAINER__HOP_RATIO": "1,0,0,2"}).trainer.hop_ratio == (1, 0, 0, 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "terms"),
+    [
+        ("Sepsis,Asthma", ("Sepsis", "Asthma")),
+        ('["Diabetes Mellitus, Type 2", "Sepsis"]', ("Diabetes Mellitus, Type 2", "Sepsis")),
+        ("[]", ()),
+        ("[Sepsis,Asthma", ("[Sepsis", "Asthma")),
+    ],
+)
+def test_a_list_is_written_with_commas_or_as_json(text: str, terms: tuple[str, ...]) -> None:
+    assert build_settings({"DRZERO_TRAINER__SEED_MESH": text}).trainer.seed_mesh == terms
 
 
 def test_other_programs_variables_are_left_alone() -> None:

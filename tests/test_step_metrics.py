@@ -4,6 +4,7 @@ import math
 import socket
 import statistics
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
+from round_world import solver_verdict
 
 from services.trainer import status
 from services.trainer.guards import NAMES, alarms
@@ -24,6 +26,7 @@ from services.trainer.step_metrics import (
     step_metrics,
     step_times,
 )
+from shared.files import publish
 from shared.settings import GuardSettings, TrainerSettings
 
 Verdict = dict[str, Any]
@@ -118,6 +121,14 @@ def test_every_part_of_the_reward_has_a_mean_and_score_and_format_a_maximum() ->
     assert {name.removesuffix("_mean") for name in numbers if name.endswith("_mean") and "/" not in name} == (
         parts | formats
     )
+
+
+def test_a_solvers_rollouts_have_means_of_their_own_parts_and_no_judged_questions() -> None:
+    rows = [solver_verdict(1, answer) for answer in ("zinc", "lead", "lead", "")]
+    numbers = step_metrics(rows)
+    assert (numbers["score_mean"], numbers["exact_match_mean"], numbers["answered_mean"]) == (0.25, 0.25, 0.75)
+    assert not [name for name in numbers if name.startswith(("solved/", "format", "ended/", "seconds/attempt"))]
+    assert dict(console_lines(1, numbers, rows))["Rewards"] == "Avg 0.250, Max 1.000"
 
 
 def test_questions_are_sorted_by_how_many_of_their_judged_attempts_are_right() -> None:
@@ -306,9 +317,25 @@ def test_a_text_that_is_cut_ends_with_a_sign_of_it() -> None:
 def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    server = status.serve_in_background(TrainerSettings(port=port), tmp_path_factory.mktemp("report"))
+    server = status.serve_in_background(TrainerSettings(port=port), tmp_path_factory.mktemp("run"))
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=30) as client:
         yield client
+    server.should_exit = True
+
+
+def test_the_report_is_that_of_the_newest_round_and_until_then_none(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    server = status.serve_in_background(TrainerSettings(port=port), tmp_path)
+    (tmp_path / "state.json").write_text("{}", encoding="utf-8")
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=30) as client:
+        assert client.get("/report").status_code == 404
+        for number in (9, 10, 2):  # 10 comes after 9, and what is written last is not the newest round
+            with publish(tmp_path / str(number) / "report", settings={}, made_from={}) as draft:
+                (draft.path / "report.html").write_text(f"<p>Round {number}</p>", encoding="utf-8")
+            reply = client.get("/report")
+            assert (reply.status_code, reply.text) == (200, f"<p>Round {max(number, 9 if number == 9 else 10)}</p>")
+            assert reply.headers["content-type"].startswith("text/html")
     server.should_exit = True
 
 
@@ -403,5 +430,7 @@ def test_health_names_the_stage_the_step_the_alarms_and_what_is_waited_for(page:
 
 def test_only_the_stage_that_runs_is_marked(page: httpx.Client) -> None:
     for stage in ("seeds", "train"):
-        status.show_stage(stage, 1)
-    assert [key for key in series(page) if key[0] == "drzero_trainer_stage"] == [("drzero_trainer_stage", "train")]
+        status.show_stage(stage, 3)
+    shown = series(page)
+    assert [key for key in shown if key[0] == "drzero_trainer_stage"] == [("drzero_trainer_stage", "train")]
+    assert shown["drzero_trainer_round",] == 3

@@ -6,8 +6,11 @@ import os
 import time
 from pathlib import Path
 
+import round_world
+
 from services.trainer.checkpoints import discard_incomplete, go_back, keep_copy, newest_checkpoint, prune
 from services.trainer.evaluate import interval
+from services.trainer.paths import run_paths
 from services.trainer.records import (
     HELD_OUT,
     TRAIN,
@@ -18,8 +21,8 @@ from services.trainer.records import (
     read_verdicts,
     seconds_trained,
 )
-from services.trainer.train import validated
-from shared.settings import build_settings
+from services.trainer.train import cluster_variables, training_origin, validated
+from shared.settings import build_settings, changed
 
 
 def write_checkpoint(folder: Path, step: int, *, complete: bool = True) -> None:
@@ -118,6 +121,27 @@ def test_a_resume_forgets_the_metrics_of_steps_that_will_be_repeated(tmp_path: P
     compact(tmp_path, through=2, validation_stands=bool)
     assert sorted(read_metrics(tmp_path)) == [1, 2]
     assert path.stat().st_mtime == 130
+
+
+def test_a_proposers_training_rests_on_the_solver_that_rewards_it_and_a_solvers_on_none(tmp_path: Path) -> None:
+    settings = round_world.settings_at(tmp_path)
+    own = {role: changed(settings, {"trainer.role": role}) for role in ("proposer", "solver")}
+    round_world.publish_files(run_paths(settings).index, {"made": "index"})
+    for one in own.values():
+        round_world.publish_files(run_paths(one).seeds, {"made": one.trainer.role})
+    proposer, solver = (training_origin(one, run_paths(one)) for one in own.values())
+    assert solver.keys() == proposer.keys() - {"solver_weights"}
+    assert solver["seeds"] != proposer["seeds"]
+
+
+def test_what_a_cluster_is_told_is_the_settings_of_the_role_without_the_address_of_redis(tmp_path: Path) -> None:
+    given = build_settings({"DRZERO_REDIS__URL": "redis://:secret@host", "DRZERO_TRAINER__SEED_MESH": "Sepsis"})
+    settings = changed(given, {"trainer.role": "solver", "trainer.round": 2, "storage.data_dir": tmp_path / "data"})
+    told = cluster_variables(settings)
+    assert "secret" not in str(told)
+    assert "" not in told.values()
+    places = {"storage.scratch_dir": settings.storage.scratch_dir.absolute()}
+    assert build_settings(told) == changed(settings, {**places, "redis.url": None})
 
 
 def test_metrics_of_a_repeated_step_are_the_newest(tmp_path: Path) -> None:

@@ -1,19 +1,22 @@
 """Watching a run of verl: finished steps, alarms, waits, outages and stalls, from the files a run writes."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import structlog
+from round_world import json_lines, solver_verdict
 from structlog.testing import capture_logs
 
 from services.trainer import status
 from services.trainer.paths import RunPaths, run_paths
+from services.trainer.records import Verdict
 from services.trainer.train import give_up
 from services.trainer.watch import Watch
 from shared.files import publish
-from shared.settings import Settings, build_settings
+from shared.settings import Settings, build_settings, changed
 
 LOG: structlog.stdlib.BoundLogger = structlog.get_logger()
 
@@ -33,8 +36,8 @@ def settings(tmp_path: Path) -> Settings:
     return made
 
 
-def finish_step(paths: RunPaths, step: int, **numbers: Any) -> None:
-    """Write what verl and a reward worker write for a step."""
+def finish_step(paths: RunPaths, step: int, verdicts: Sequence[Verdict] = (), /, **numbers: Any) -> None:
+    """Write what verl and a reward worker write for a step: these verdicts, or one of a proposer's rollout."""
     verdict = {
         "time": float(step), "split": "train", "step": step, "index": 0, "pmid": "1", "hop": 1, "question": "Q?",
         "answer": "A", "turns": ["x"], "searches": [], "attempts": [], "valid": 1.0, "invalid_reason": "",
@@ -44,7 +47,7 @@ def finish_step(paths: RunPaths, step: int, **numbers: Any) -> None:
         "searches_made": 0.0, "calls_failed": 0.0, "trained_tokens": 5,
     }  # fmt: skip
     with (paths.log / "verdicts-1.jsonl").open("a") as stream:
-        stream.write(json.dumps(verdict) + "\n")
+        stream.write(json_lines(verdicts or [verdict]))
     data = {"timing_s/step": 2.0, "actor/entropy": 1.0, "actor/grad_norm": 0.1, **numbers}
     with (paths.log / "metrics-1.jsonl").open("a") as stream:
         stream.write(json.dumps({"step": step, "data": data}) + "\n")
@@ -66,6 +69,19 @@ def test_each_finished_step_is_reported_once(settings: Settings) -> None:
         assert watch.look() is None
         assert watch.look() is None
     assert sum("Proposer" in line["event"] or line["event"].startswith("Step 1") for line in lines) == 1
+
+
+def test_a_step_of_the_solvers_training_is_reported_with_its_score_and_raises_no_alarm(settings: Settings) -> None:
+    own = changed(settings, {"trainer.role": "solver"})
+    paths = run_paths(own)
+    paths.log.mkdir(parents=True)
+    watch = Watch(own, paths, LOG)
+    with capture_logs() as lines:
+        for step in (1, 2, 3):
+            finish_step(paths, step, [solver_verdict(step, answer) for answer in ("zinc", "lead")])
+            assert watch.look() is None
+    assert [line["event"] for line in lines].count("Rewards: Avg 0.500, Max 1.000") == 3
+    assert status.health()["alarms"] == []
 
 
 def test_steps_of_an_earlier_attempt_are_known_and_not_reported_again(settings: Settings) -> None:

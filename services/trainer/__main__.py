@@ -100,13 +100,14 @@ def chosen(first: str, last: str, rounds: int) -> list[Place]:
 
 def place(text: str, default: int, rounds: int) -> Place:
     """`questions` or `2.questions` as round and stage; UsageError for any other text."""
-    number, _, name = text.rpartition(".")
-    if name not in STAGES or (number and not (number.isdecimal() and 1 <= int(number) <= rounds)):
+    places = {f"{number}.{name}": (number, name) for number in range(1, rounds + 1) for name in STAGES}
+    places |= {name: (default, name) for name in STAGES}
+    if text not in places:
         raise UsageError(
             f"unknown place {text!r}; expected one of {', '.join(STAGES)}, with or without a round of 1 to {rounds} "
             "(DRZERO_TRAINER__ITERATIONS) before it, as in 1.questions"
         )
-    return int(number or default), name
+    return places[text]
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """Stages `publish` and `solver_publish`: the newest checkpoint → `weights/`, plain Hugging Face files.
 
 verl has written the weights in bf16 beside its shards; they are copied as an artifact with hashes, and how far they
-are from the base model is measured, because a training that changed nothing must not look like one that did.
+are from the base model is measured, because a training that changed nothing must not look like one that did. A model
+card (`model_card.py`) says what they are; it has no scores yet.
 """
 
 import json
@@ -13,9 +14,11 @@ import structlog
 
 from services.trainer.adapters import merge_adapters
 from services.trainer.checkpoints import newest_checkpoint
-from services.trainer.paths import RunPaths
+from services.trainer.model_card import CARD, base_of, model_card
+from services.trainer.paths import RunPaths, run_paths
 from services.trainer.serving import serve
-from shared.files import ArtifactError, publish, read_manifest, stale_reason
+from shared.command import UsageError
+from shared.files import MANIFEST, ArtifactError, Manifest, publish, read_manifest, stale_reason
 from shared.model_files import resolve_model
 from shared.settings import Settings
 
@@ -38,8 +41,47 @@ def publish_weights(settings: Settings, paths: RunPaths, log: structlog.stdlib.B
         copy_weights(newest[1], draft.path)
         change = weight_change(Path(base), draft.path)
         (draft.path / "change.json").write_text(json.dumps(change, indent=2) + "\n", encoding="utf-8")
+        card = model_card(settings, manifests_behind(settings), base_of(base_reference(settings), settings))
+        (draft.path / CARD).write_text(card, encoding="utf-8")
         draft.rows = 1
     log.info("weights published", path=str(paths.weights), **change)
+
+
+def base_reference(settings: Settings) -> str:
+    """What the settings' role began with, as a setting names it: a solver's run keeps it, a proposer's goes on."""
+    return settings.solver.model if settings.trainer.role == "solver" else settings.trainer.actor.model
+
+
+def manifests_behind(settings: Settings) -> dict[str, Manifest]:
+    """The manifests of what the weights of the settings' role and round are made from, as far as they are there.
+
+    The corpus is only among them while it is the one that the round's papers were drawn from.
+    """
+    paths = run_paths(settings)
+    folders = {"corpus": paths.corpus, "seeds": paths.seeds, "training": paths.training}
+    if settings.trainer.role == "solver":
+        folders["questions"] = paths.questions
+    found = {name: read_manifest(folder) for name, folder in folders.items() if (folder / MANIFEST).is_file()}
+    drawn = paths.kept.parent / "proposer" / "seeds"
+    if (drawn / MANIFEST).is_file() and "corpus" in found:
+        origin = read_manifest(drawn).made_from.get("corpus")
+        found = {name: one for name, one in found.items() if name != "corpus" or one.identity == origin}
+    return found
+
+
+def published_round(settings: Settings, role: str, wanted: int | None) -> int:
+    """The newest round of the run with weights of a role, or the wanted one; UsageError when there are none."""
+    folder = run_paths(settings).run
+    found = sorted(int(file.parts[-4]) for file in folder.glob(f"[0-9]*/{role}/weights/{MANIFEST}"))
+    if wanted is None and found:
+        return found[-1]
+    if wanted not in found:
+        asked = "any round" if wanted is None else f"round {wanted}"
+        raise UsageError(
+            f"expected weights of the {role} of {asked} in {folder}, found those of {found or 'none'}; name another "
+            "round or run (DRZERO_TRAINER__RUN), or train with python -m services.trainer"
+        )
+    return wanted
 
 
 def publish_solver(settings: Settings, paths: RunPaths, log: structlog.stdlib.BoundLogger) -> None:

@@ -24,6 +24,7 @@ def proposer_settings(settings: Settings, number: int) -> Settings:
         "trainer.role": "proposer",
         "trainer.actor.model": starting_model(settings, number, "proposer"),
         "solver.model": starting_model(settings, number, "solver"),
+        "solver.in_place_of": settings.solver.model,
     }
     return changed(settings, changes)
 

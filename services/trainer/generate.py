@@ -1,0 +1,214 @@
+"""Questions by a trained proposer: `python -m services.trainer.generate --pmid 123` or `--topic "sepsis biomarkers"`.
+
+The proposer of the newest round, or of `--round`, is served on :8001 for the time that it takes and writes as in the
+stage `questions`, about one paper of the corpus or about papers that the search service finds. Then :8001 serves again
+what it served before, also after an error or an interruption. No training may run meanwhile: it would meet the wrong
+weights, so a run whose driver is alive is a refusal. One JSON line per question, or text with `--text`. Draws
+are seeded by the run's seed, so the same command asks for the same questions.
+"""
+
+import argparse
+import asyncio
+import json
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+
+import structlog
+
+from services.trainer.__main__ import only_driver
+from services.trainer.ask import PATIENCE_S, plain
+from services.trainer.candidates import deadline, hold, proposer_manner, services
+from services.trainer.conversations import Conversations
+from services.trainer.fitting import fit_in_children, prompt_of
+from services.trainer.journal import Row
+from services.trainer.paths import run_paths
+from services.trainer.publish import published_round
+from services.trainer.questions import Candidate, read_candidate
+from services.trainer.reward import attempt_seeds
+from services.trainer.rounds import proposer_settings
+from services.trainer.serving import load_at, serve, served_by
+from shared.balance import addresses_in
+from shared.clients import SearchClient, SolverClient
+from shared.command import UsageError, run
+from shared.corpus import Corpus
+from shared.files import write_atomically
+from shared.model_files import resolve_model
+from shared.records import Paper, Seed
+from shared.serving import note_path
+from shared.settings import Settings
+
+
+def main(given: argparse.Namespace, settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
+    """Write the questions and print them."""
+    number = published_round(settings, "proposer", given.round)
+    own = proposer_settings(settings, number)
+    weights = run_paths(own).weights
+    with no_training(run_paths(own).run):
+        seeds = seeds_of(papers_wanted(given, own), given.hops, own)
+        log.info("questions are written", round=number, papers=[seed.pmid for seed in seeds], hops=given.hops)
+        with lent(own, weights, log):
+            found = asyncio.run(write_questions(seeds, given.count, own))
+    for one in found:
+        print(as_text(one) if given.text else json.dumps(as_row(one), ensure_ascii=False), flush=True)
+    if len(found) < given.count:
+        tries = own.trainer.questions.candidates
+        raise UsageError(
+            f"expected {given.count} well-formed questions, the proposer of round {number} wrote {len(found)} in "
+            f"{given.count * tries} tries; try other papers or fewer hops, or train it for longer"
+        )
+
+
+# --- papers
+
+
+def papers_wanted(given: argparse.Namespace, settings: Settings) -> list[Paper]:
+    """The papers that the questions are about, at most as many as questions; UsageError when there are none."""
+    if given.pmid:
+        paper = Corpus(run_paths(settings).corpus).find(given.pmid)
+        if paper is None:
+            raise UsageError(
+                f"expected PMID {given.pmid} in the corpus, which has no such paper; ingest it or try another"
+            )
+        return [paper]
+    topic = given.topic.strip()
+    most = settings.retrieval.max_query_chars
+    if not 0 < len(topic) <= most:
+        raise UsageError(f"expected a topic of 1 to {most} characters, found one of {len(topic)}")
+    papers = asyncio.run(papers_about(topic, min(given.count, settings.retrieval.top_k_max), settings))
+    if not papers:
+        raise UsageError(f"expected papers about {topic!r}, the search finds none; try other words")
+    return papers
+
+
+async def papers_about(topic: str, count: int, settings: Settings) -> list[Paper]:
+    """The best papers that the search service finds."""
+    async with SearchClient(settings.retrieval.url, patience_s=PATIENCE_S) as search:
+        (hits,) = await search.search([topic], count)
+    return [hit.paper for hit in hits]
+
+
+def seeds_of(papers: Sequence[Paper], hops: int, settings: Settings) -> list[Seed]:
+    """The papers as seeds whose prompt fits."""
+    seeds = [Seed(index, paper.pmid, hops, paper.contents) for index, paper in enumerate(papers)]
+    model = resolve_model(settings.trainer.actor.model, settings)
+    return [fitted.seed for fitted in fit_in_children(seeds, settings.trainer, model)]
+
+
+# --- questions
+
+
+async def write_questions(seeds: Sequence[Seed], count: int, settings: Settings) -> list[Candidate]:
+    """Up to `count` well-formed questions, spread over the seeds; a malformed one is replaced by a further draw.
+
+    At most `questions.candidates` conversations are held per wanted question.
+    """
+    most = count * settings.trainer.questions.candidates
+    found: list[Candidate] = []
+    held = 0
+    places = asyncio.Semaphore(settings.trainer.reward.concurrency)
+    async with services(settings) as conversations:
+
+        async def write(number: int) -> Candidate:
+            async with places:
+                row = await conversation(seeds[number % len(seeds)], number // len(seeds), conversations, settings)
+                return read_candidate(row)
+
+        while len(found) < count and held < most:
+            wave = range(held, min(held + count - len(found), most))
+            held = wave.stop
+            found += [one for one in await asyncio.gather(*map(write, wave)) if one.sound]
+    return found
+
+
+async def conversation(seed: Seed, draw: int, conversations: Conversations, settings: Settings) -> Row:
+    """One conversation about a seed, as `candidates.py` has them; `draw` tells those about one seed apart."""
+    trainer = settings.trainer
+    draws = attempt_seeds(trainer.seed, trainer.round, f"generate {seed.pmid} {seed.hop}", draw + 1)
+    talk = conversations.begin(prompt_of(seed, trainer), seed=draws[draw], until=deadline(settings))
+    await hold(conversations, talk, proposer_manner(settings, seed.hop))
+    info = {"name": f"{seed.pmid}.{draw}", "pmid": seed.pmid, "hop": seed.hop, "document": seed.document}
+    return {**info, "turns": talk.turns, "searches": talk.searches}
+
+
+def as_row(one: Candidate) -> Row:
+    """A question as it is printed."""
+    return {"question": one.question, "answer": one.answer, "hop": one.hop, "pmid": one.pmid, "searches": one.hops}
+
+
+def as_text(one: Candidate) -> str:
+    """A question for people."""
+    searches = [f"  searched {'; '.join(hop['queries'])}: PMID {', '.join(hop['pmids']) or 'none'}" for hop in one.hops]
+    lines = [f"Question: {one.question}", f"Answer: {one.answer}", f"  {one.hop} hops from PMID {one.pmid}", *searches]
+    return plain("\n".join([*lines, ""]))
+
+
+# --- the solver service
+
+
+@contextmanager
+def no_training(run_folder: Path) -> Iterator[None]:
+    """Keep the drivers of all runs away while the block runs; UsageError when one is alive."""
+    locks = run_folder.parent.glob("*/.driver.lock")
+    with ExitStack() as held:
+        for folder in sorted({run_folder, *(lock.parent for lock in locks)}):
+            held.enter_context(only_driver(folder))
+        yield
+
+
+@contextmanager
+def lent(settings: Settings, weights: Path, log: structlog.stdlib.BoundLogger) -> Iterator[None]:
+    """Have every solver serve `weights` while the block runs, and then what it served before.
+
+    The note is put back first: a solver that is away at that moment comes back with the right weights.
+    """
+    before = {address: asyncio.run(weights_at(address)) for address in addresses_in(settings.solver.url)}
+    note = note_path(settings)
+    noted = note.read_text(encoding="utf-8") if note.is_file() else None
+    try:
+        serve(settings, str(weights), log)
+        yield
+    finally:
+        if noted is None:
+            note.unlink(missing_ok=True)
+        else:
+            write_atomically(note, noted)
+        for address, model in before.items():
+            asyncio.run(load_at(address, model, patience_s=settings.trainer.patience_s))
+            log.info("solver serves again what it did", solver=address, weights=model)
+
+
+async def weights_at(address: str) -> str:
+    """What one solver serves."""
+    async with SolverClient(address, patience_s=PATIENCE_S) as solver:
+        return await served_by(solver)
+
+
+def counted(text: str, most: int) -> int:
+    """A number of 1 to `most`; ArgumentTypeError for any other text."""
+    if not (text.isascii() and text.isdecimal() and 1 <= int(text) <= most):
+        raise argparse.ArgumentTypeError(f"expected a number from 1 to {most}, found {text!r}")
+    return int(text)
+
+
+def parsed(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m services.trainer.generate", description="Write questions with a trained proposer."
+    )
+    about = parser.add_mutually_exclusive_group(required=True)
+    about.add_argument("--pmid", help="a paper of the corpus")
+    about.add_argument("--topic", help="what the search service is asked for papers about")
+    parser.add_argument("--hops", type=partial(counted, most=4), default=2, help="1 to 4, default 2")
+    parser.add_argument("--count", type=partial(counted, most=1000), default=3, help="questions, default 3")
+    parser.add_argument("--round", type=partial(counted, most=10_000), help="the newest unless given")
+    parser.add_argument("--text", action="store_true", help="print text for people instead of JSON lines")
+    return parser.parse_args(words)
+
+
+if __name__ == "__main__":
+    wanted = parsed()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` must give the weights back too
+    raise SystemExit(run("trainer", partial(main, wanted)))
