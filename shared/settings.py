@@ -350,6 +350,11 @@ class QuestionSettings(Section):
         400, description="Papers of each round from which questions are written; never among the proposer's seeds."
     )
     candidates: Count = Field(4, description="Questions that the proposer writes about each paper.")
+    enough: int = Field(
+        0,
+        ge=0,
+        description="Papers with a well-formed candidate after which no others are asked about; 0: ask about all.",
+    )
     tries: Count = Field(
         3, description="Answers of the round's solver to a candidate with the evidence before it, and as many without."
     )

@@ -4,6 +4,7 @@ import asyncio
 import json
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,11 @@ def at(settings: Settings, world: World) -> Settings:
 
 def write(settings: Settings, world: World, file: Path) -> list[Row]:
     file.parent.mkdir(parents=True, exist_ok=True)
-    return asyncio.run(write_candidates(at(settings, world), SEEDS, file))
+    return asyncio.run(write_candidates(at(settings, world), SEEDS, file, never))
+
+
+def never(_: object) -> bool:
+    return False
 
 
 def verify(settings: Settings, world: World, file: Path) -> list[Row]:
@@ -104,6 +109,24 @@ def test_each_paper_gets_its_candidates_with_seeds_of_their_own(tmp_path: Path) 
         assert f"Which of {seed}?" in row["turns"][-1]
         assert [s["queries"] for s in row["searches"]] == ([[f"query {seed}"]] if row["hop"] > 1 else [])
         assert all(search["pmids"] == ["7"] and "PMID 7:" in search["text"] for search in row["searches"])
+
+
+def test_no_further_papers_are_asked_about_when_there_is_enough_and_a_second_run_asks_nothing(tmp_path: Path) -> None:
+    settings = settings_for(tmp_path, trainer__reward__concurrency=4)  # two papers' candidates at once
+    seen: list[int] = []
+
+    def first(rows: Sequence[Row]) -> bool:
+        seen.append(len(rows))
+        return True
+
+    with world_of(proposes) as world:
+        runs = [
+            asyncio.run(write_candidates(at(settings, world), SEEDS, tmp_path / "c.jsonl", first)) for _ in range(2)
+        ]
+    assert [row["pmid"] for row in runs[0]] == ["11"] * 3 + ["12"] * 3
+    assert runs[0] == runs[1]
+    assert seen == [6, 6]
+    assert Counter(turn_of(body) for body in world.bodies) == {1: 6, 2: 3}
 
 
 def test_another_round_and_another_run_draw_other_seeds(tmp_path: Path) -> None:
@@ -223,7 +246,7 @@ def test_nothing_to_check_asks_nothing(tmp_path: Path) -> None:
     with world_of(solves) as world:
         settings = at(settings_for(tmp_path), world)
         assert asyncio.run(check_candidates(settings, [], tmp_path / "k.jsonl")) == []
-        assert asyncio.run(write_candidates(settings, [], tmp_path / "c.jsonl")) == []
+        assert asyncio.run(write_candidates(settings, [], tmp_path / "c.jsonl", never)) == []
     assert world.chats == []
 
 
@@ -264,7 +287,7 @@ def test_a_search_that_fails_for_good_ends_the_stage(tmp_path: Path) -> None:
     with world_of(proposes) as world:
         given = changed(settings, {"solver.url": world.url})  # nobody listens where the search should be
         with pytest.raises(ServiceError, match="retrieval"):
-            asyncio.run(write_candidates(given, SEEDS, tmp_path / "c.jsonl"))
+            asyncio.run(write_candidates(given, SEEDS, tmp_path / "c.jsonl", never))
 
 
 def test_faults_that_pass_change_nothing(tmp_path: Path) -> None:

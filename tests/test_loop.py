@@ -90,7 +90,8 @@ def finished(environ: dict[str, str]) -> Path:
     kill(environ, "services.solver")
     kill(environ, "services.retrieval")
     assert second.end() == 0, second.lines[-20:]
-    assert second.lines[-1].startswith("report: ")
+    # Services that are stopped at the end may have the last word.
+    assert next(line for line in reversed(second.lines) if not line.startswith("{")).startswith("report: ")
     return Path(environ["DRZERO_STORAGE__DATA_DIR"]) / "runs" / "demo" / "1"
 
 
@@ -143,7 +144,7 @@ def test_the_report_shows_questions_curves_and_times(finished: Path) -> None:
 
 def test_the_solver_was_trained_on_verified_questions_and_is_served(finished: Path, environ: dict[str, str]) -> None:
     counts = read_manifest(finished / "questions", verify=True).counts
-    assert counts["candidates"] == 48
+    assert counts["candidates"] in (24, 48)  # 24 at a time, until 6 papers have a sound one
     assert counts["train"] >= 2
     assert counts["held_out"] >= 1
     training = read_manifest(finished / "solver" / "training", verify=True)

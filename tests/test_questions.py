@@ -402,6 +402,16 @@ def test_the_stage_writes_verified_questions_and_makes_them_once(tmp_path: Path)
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(("enough", "papers"), [(0, 4), (1, 1), (2, 2), (9, 4)])
+def test_enough_papers_with_a_sound_candidate_end_the_writing(tmp_path: Path, enough: int, papers: int) -> None:
+    changes = {"trainer__questions__enough": enough, "trainer__reward__concurrency": 2}  # a paper at a time
+    settings, proposer = made_run(tmp_path, "http://127.0.0.1:1", **changes)
+    base = settings.solver.model
+    with world_of({proposer: proposes, base: solves}, model=base) as world:
+        run_stage(changed(settings, {"solver.url": world.url, "retrieval.url": world.url}))
+    assert read_manifest(run_paths(settings).questions).counts["candidates"] == papers * 2
+
+
 def test_a_question_about_an_evaluation_paper_is_neither_checked_nor_kept(tmp_path: Path) -> None:
     settings, proposer = made_run(tmp_path, "http://127.0.0.1:1")
     barred = tmp_path / "barred.txt"

@@ -5,7 +5,7 @@ a journal. A service that stays away ends the stage; the same command goes on fr
 """
 
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,25 +23,40 @@ from shared.settings import Settings
 from shared.transcript import last_tag
 
 
-async def write_candidates(settings: Settings, seeds: Sequence[Row], file: Path) -> list[Row]:
-    """`questions.candidates` conversations per seed row: seed, turns and searches of each."""
+async def write_candidates(
+    settings: Settings, seeds: Sequence[Row], file: Path, enough: Callable[[Sequence[Row]], bool]
+) -> list[Row]:
+    """`questions.candidates` conversations per seed row: seed, turns and searches of each.
+
+    The seeds are taken in rounds of as many as are in flight at once; none follows when what there is is `enough`.
+    """
     trainer = settings.trainer
-    numbers = range(trainer.questions.candidates)
-    by_name = {f"{seed['extra_info']['index']}.{number}": (seed, number) for seed in seeds for number in numbers}
-    async with services(settings) as conversations:
+    at_once, count = trainer.reward.concurrency, trainer.questions.candidates
+    written: list[Row] = []
+    with Progress("questions", settings, total=len(seeds) * count, unit="candidate") as progress:
+        async with services(settings) as conversations:
+            step = -(-at_once // count)
+            for first in range(0, len(seeds), step):
+                some = seeds[first : first + step]
+                by_name = {f"{seed['extra_info']['index']}.{number}": seed for seed in some for number in range(count)}
 
-        async def write(name: str) -> Row:
-            seed, number = by_name[name]
-            info = seed["extra_info"]
-            draws = attempt_seeds(trainer.seed, trainer.round, info["pmid"], trainer.questions.candidates)
-            talk = conversations.begin(list(seed["prompt"]), seed=draws[number], until=deadline(settings))
-            await hold(conversations, talk, proposer_manner(settings, info["hop"]))
-            asked = {key: info[key] for key in ("pmid", "hop", "document")}
-            return {**asked, "turns": talk.turns, "searches": talk.searches}
+                async def write(name: str, by_name: dict[str, Row] = by_name) -> Row:
+                    return await write_candidate(settings, conversations, by_name[name], int(name.split(".")[1]))
 
-        with Progress("questions", settings, total=len(by_name), unit="candidate") as progress:
-            at_once = trainer.reward.concurrency
-            return await journalled(file, list(by_name), write, at_once=at_once, progress=progress)
+                written += await journalled(file, list(by_name), write, at_once=at_once, progress=progress)
+                if enough(written):
+                    break
+    return written
+
+
+async def write_candidate(settings: Settings, conversations: Conversations, seed: Row, number: int) -> Row:
+    """The proposer's conversation about a seed, the `number`th of several, with what it was asked."""
+    trainer, info = settings.trainer, seed["extra_info"]
+    draws = attempt_seeds(trainer.seed, trainer.round, info["pmid"], trainer.questions.candidates)
+    talk = conversations.begin(list(seed["prompt"]), seed=draws[number], until=deadline(settings))
+    await hold(conversations, talk, proposer_manner(settings, info["hop"]))
+    asked = {key: info[key] for key in ("pmid", "hop", "document")}
+    return {**asked, "turns": talk.turns, "searches": talk.searches}
 
 
 async def check_candidates(settings: Settings, wanted: Sequence[Row], file: Path) -> list[Row]:

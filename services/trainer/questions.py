@@ -70,7 +70,13 @@ def make_questions(settings: Settings, paths: RunPaths, log: structlog.stdlib.Bo
     log.info("questions are written", because=reason)
     journal = open_journal(paths.candidates, hash_json([shape, origin]))
     serve(settings, str(paths.weights), log)
-    written = asyncio.run(write_candidates(settings, read_rows(paths.seeds / FILE), journal / "candidates.jsonl"))
+
+    def enough(rows: Iterable[Row]) -> bool:
+        sound = {one.pmid for one in map(read_candidate, rows) if not objection(one, barred)}
+        return 0 < settings.trainer.questions.enough <= len(sound)
+
+    seeds = read_rows(paths.seeds / FILE)
+    written = asyncio.run(write_candidates(settings, seeds, journal / "candidates.jsonl", enough))
     candidates = [read_candidate(row) for row in written]
     worth = [one for one in candidates if not objection(one, barred)]
     serve(settings, settings.solver.model, log)
