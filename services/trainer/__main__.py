@@ -6,9 +6,8 @@ resumes and finishes a run. What has finished stands in `runs/<run>/state.json` 
 """
 
 import argparse
-import fcntl
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,8 @@ from pathlib import Path
 import structlog
 
 from services.trainer import status
+from services.trainer.control import Stopped, heed, withdraw
+from services.trainer.driver import note, noting_end, only_driver
 from services.trainer.evaluate import evaluate
 from services.trainer.paths import RunPaths, run_paths
 from services.trainer.publish import publish_solver, publish_weights
@@ -64,13 +65,37 @@ def main(first: str, last: str, settings: Settings, log: structlog.stdlib.BoundL
     if trains and settings.trainer.ray_address is None:  # a cluster's GPUs are elsewhere
         self_test(settings, "trainer", log)
     with only_driver(paths.run):
-        server = status.serve_in_background(settings.trainer, paths.run)
-        state = RunState(paths.run, settings)
-        for number, name in places:
-            run_stage(number, name, settings, state, log)
-        server.should_exit = True
+        server = status.serve_in_background(settings, paths.run)
+        try:
+            run_stages(places, settings, paths.run, log)
+            withdraw(paths.run)
+        except Stopped as stop:
+            withdraw(paths.run)
+            print(f"trainer: {stop}")
+            return
+        finally:
+            server.should_exit = True
     if places[-1][1] == "report":
         print(f"report: {run_paths(proposer_settings(settings, places[-1][0])).report / 'report.html'}")
+
+
+def run_stages(places: list[Place], settings: Settings, folder: Path, log: structlog.stdlib.BoundLogger) -> None:
+    """The stages one after the other; between two, a person's request to pause or to stop is heeded."""
+    state = RunState(folder, settings)
+    steps = {"proposer": settings.trainer.steps, "solver": settings.trainer.solver.steps}
+    with noting_end(folder):
+        for number, name in places:
+            label = f"{number}.{name}"
+            note(folder, stage=label, since=time.time(), steps=steps, waiting=None, ended=None)
+            if heed(folder, f"before the stage {label}", partial(show_wait, folder)) == "stop":
+                raise Stopped(f"stopped on request before the stage {label}; run the same command again to go on there")
+            run_stage(number, name, settings, state, log)
+
+
+def show_wait(folder: Path, text: str | None) -> None:
+    """Say why the driver waits between two stages, or that it no longer does."""
+    note(folder, waiting=text)
+    status.show_waiting(text)
 
 
 def run_stage(number: int, name: str, settings: Settings, state: RunState, log: structlog.stdlib.BoundLogger) -> None:
@@ -108,18 +133,6 @@ def place(text: str, default: int, rounds: int) -> Place:
             "(DRZERO_TRAINER__ITERATIONS) before it, as in 1.questions"
         )
     return places[text]
-
-
-@contextmanager
-def only_driver(folder: Path) -> Iterator[None]:
-    """Raise UsageError when another process drives this run."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".driver.lock").open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UsageError(f"another process drives the run {folder}; wait for it or stop it") from error
-        yield
 
 
 if __name__ == "__main__":

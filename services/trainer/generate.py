@@ -18,7 +18,7 @@ from pathlib import Path
 
 import structlog
 
-from services.trainer.__main__ import only_driver
+from services.trainer.driver import only_driver
 from services.trainer.ask import PATIENCE_S, plain
 from services.trainer.candidates import deadline, hold, proposer_manner, services
 from services.trainer.conversations import Conversations

@@ -2,7 +2,7 @@
 
 This file starts verl with the overrides of `overrides.py`, follows what it writes, and decides: a crash is resumed
 from the newest checkpoint up to `trainer.restarts` times; an outage that outlasted the patience, a stall, or a further
-crash ends the stage with a sentence. Killed at any moment and started again, it goes on at the newest checkpoint.
+crash ends the stage with a sentence, and so does a person who asks for it (`control.py`). Killed at any moment and started again, it goes on at the newest checkpoint.
 The finished record is published as the artifact `training`; checkpoints stay in scratch.
 """
 
@@ -23,6 +23,7 @@ import structlog
 
 from services.trainer.checkpoints import discard_incomplete, go_back, newest_checkpoint, prune
 from services.trainer.checks import check_training
+from services.trainer.control import Stopped, requested
 from services.trainer.outage import read_outage
 from services.trainer.overrides import cluster_overrides, verl_overrides
 from services.trainer.paths import RunPaths
@@ -40,6 +41,7 @@ from services.trainer.records import (
     valid_only,
 )
 from services.trainer.watch import Problem, Watch
+from shared.api_token import TOKEN
 from shared.command import UsageError
 from shared.files import hash_json, publish, read_manifest, require_free_space, stale_reason, write_atomically
 from shared.model_files import resolve_model, weights_identity
@@ -121,6 +123,8 @@ def run_to_the_end(settings: Settings, paths: RunPaths, log: structlog.stdlib.Bo
         outage = read_outage(paths.outage)
         if outage is not None:
             raise UsageError(f"training stopped: {outage}. {how_to_resume(paths)}")
+        if requested(paths.run) == "stop":
+            raise Stopped(f"training stopped on request. {how_to_resume(paths)}")
         text = problem.text if problem else "verl ended before all steps and validations were done"
         log.warning("training crashed", problem=text, attempt=attempt + 1, log=str(paths.log / "verl.log"))
     raise UsageError(f"training stopped: {text}; see {paths.log / 'verl.log'}. {how_to_resume(paths)}")
@@ -219,6 +223,7 @@ def cluster_variables(settings: Settings) -> dict[str, str]:
 def child(overrides: list[str], variables: Mapping[str, str], paths: RunPaths) -> Iterator[subprocess.Popen[bytes]]:
     """verl in a process group of its own; the group is ended when the block ends."""
     environment = os.environ | variables
+    environment.pop(TOKEN, None)  # who trains need not be able to steer
     command = [sys.executable, "-m", "services.trainer.verl_main", *overrides]
     with (paths.log / "verl.log").open("ab") as output:
         process = subprocess.Popen(
