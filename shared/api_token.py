@@ -19,10 +19,14 @@ def api_token(environ: Mapping[str, str]) -> SecretStr | None:
     """The token of this environment, None when there is none (or an empty one); UsageError when it is too short."""
     text = environ.get(TOKEN, "")
     if 0 < len(text) < SHORTEST:
-        raise UsageError(f"{TOKEN} has {len(text)} characters, expected at least {SHORTEST}; openssl rand -hex 24 makes one")
+        raise UsageError(
+            f"{TOKEN} has {len(text)} characters, expected at least {SHORTEST}; openssl rand -hex 24 makes one"
+        )
     return SecretStr(text) if text else None
 
 
 def is_token(given: str, token: SecretStr) -> bool:
     """Whether that is the token; takes as long for a wrong one as for the right one."""
-    return hmac.compare_digest(given.encode(errors="surrogatepass"), token.get_secret_value().encode(errors="surrogatepass"))
+    return hmac.compare_digest(
+        given.encode(errors="surrogatepass"), token.get_secret_value().encode(errors="surrogatepass")
+    )

@@ -65,7 +65,7 @@ def main(first: str, last: str, settings: Settings, log: structlog.stdlib.BoundL
     if trains and settings.trainer.ray_address is None:  # a cluster's GPUs are elsewhere
         self_test(settings, "trainer", log)
     with only_driver(paths.run):
-        server = status.serve_in_background(settings, paths.run)
+        server = status.serve_in_background(settings)
         try:
             run_stages(places, settings, paths.run, log)
             withdraw(paths.run)

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import structlog
 
-from services.trainer.driver import only_driver
 from services.trainer.ask import PATIENCE_S, plain
 from services.trainer.candidates import deadline, hold, proposer_manner, services
 from services.trainer.conversations import Conversations
+from services.trainer.driver import only_driver
 from services.trainer.fitting import fit_in_children, prompt_of
 from services.trainer.journal import Row
 from services.trainer.paths import run_paths

@@ -8,9 +8,10 @@ resume, has its training read again.
 
 import json
 import math
+import os
 import sqlite3
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -30,7 +31,10 @@ CREATE TABLE rollouts (
 CREATE INDEX by_time ON rollouts (time DESC, id DESC);
 CREATE INDEX by_step ON rollouts (round, role, split, step);
 """
-COLUMNS = "round role split step hop score valid solved time began words file inode start size".split()
+COLUMNS = (
+    "round", "role", "split", "step", "hop", "score", "valid", "solved", "time", "began", "words",
+    "file", "inode", "start", "size",
+)  # fmt: skip
 INSERT = f"INSERT INTO rollouts ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})"  # noqa: S608
 
 Key = tuple[int, str]  # round and role
@@ -95,9 +99,10 @@ class RunIndex:
                 training = self._trainings.setdefault(key, Training())
                 # Metrics first: a step's verdicts are written before its metrics, so none is missing below.
                 changed |= self._read_metrics(training, [file for file in files if file.name.startswith("metrics")])
-                changed |= self._read_verdicts(key, training, files)
+                taken = self._read_verdicts(key, training, [f for f in files if not f.name.startswith("metrics")])
             with self._lock:
-                changed |= self._number_steps(key, training)
+                # A step that is numbered before its last verdict is read would have to be numbered again.
+                changed |= taken > 0 or self._number_steps(key, training)
         return changed
 
     def trainings(self) -> list[Key]:
@@ -148,7 +153,9 @@ class RunIndex:
         """The files of each training, its log's where there is one."""
         found: dict[Key, list[Path]] = {}
         for role in ("proposer", "solver"):
-            for number in {int(p.name) for top in (self._kept, self._work) for p in top.glob("[0-9]*") if p.name.isdecimal()}:
+            for number in {
+                int(p.name) for top in (self._kept, self._work) for p in top.glob("[0-9]*") if p.name.isdecimal()
+            }:
                 place = Path(str(number)) / role
                 log = self._work / place / "log"
                 files = [p for name in ("metrics-*", "verdicts-*") for p in sorted(log.glob(f"{name}.jsonl"))]
@@ -179,18 +186,19 @@ class RunIndex:
         for file in files:
             for line, _, _ in new_lines(file, training.read, AT_ONCE):
                 values = line.get("data", line)
-                numbers = {name: math.nan if value is None else value for name, value in values.items() if name != "step"}
+                numbers = {
+                    name: math.nan if value is None else value for name, value in values.items() if name != "step"
+                }
                 training.metrics.setdefault(line["step"], {}).update(numbers)
                 training.stale.add(line["step"])
                 changed = True
         return changed
 
-    def _read_verdicts(self, key: Key, training: Training, files: Sequence[Path]) -> bool:
+    def _read_verdicts(self, key: Key, training: Training, files: Sequence[Path]) -> int:
+        """How many verdicts were taken in."""
         refused = refusals(files)
         rows: list[tuple[Any, ...]] = []
         for file in files:
-            if file.name.startswith("metrics"):
-                continue
             for verdict, start, size in new_lines(file, training.read, AT_ONCE - len(rows)):
                 row = (*key, *described(verdict), str(file), training.read[file][0], start, size)
                 rows.append(row)
@@ -204,7 +212,7 @@ class RunIndex:
             )
             if gone.rowcount:
                 training.stale.add(step)
-        return bool(rows)
+        return len(rows)
 
     def _number_steps(self, key: Key, training: Training) -> bool:
         """Make the numbers of some finished steps."""
@@ -219,21 +227,22 @@ class RunIndex:
 
 
 def condition(wanted: Wanted) -> tuple[str, list[Any]]:
-    """The filter as SQL with its values."""
-    tests: dict[str, Any] = {
-        "round = ?": wanted.round,
-        "role = ?": wanted.role or None,
-        "split = ?": wanted.split or None,
-        "step = ?": wanted.step,
-        "hop = ?": wanted.hop,
-        "score >= ?": wanted.low,
-        "score <= ?": wanted.high,
-        "valid = ?": None if wanted.valid is None else int(wanted.valid),
-        "solved = ?": wanted.solved or None,
-    }
-    given = {test: value for test, value in tests.items() if value is not None}
-    given |= {f"instr(words, ?{'':{number}}) > 0": word for number, word in enumerate(wanted.text.casefold().split())}
-    return " AND ".join(given) or "1", list(given.values())
+    """The filter as SQL with its values; of the text every word must be there."""
+    words = wanted.text.casefold().split()
+    tests: list[tuple[str, Any]] = [
+        ("round = ?", wanted.round),
+        ("role = ?", wanted.role or None),
+        ("split = ?", wanted.split or None),
+        ("step = ?", wanted.step),
+        ("hop = ?", wanted.hop),
+        ("score >= ?", wanted.low),
+        ("score <= ?", wanted.high),
+        ("valid = ?", wanted.valid),
+        ("solved = ?", wanted.solved or None),
+        *(("instr(words, ?) > 0", word) for word in words),
+    ]
+    given = [(test, value) for test, value in tests if value is not None]
+    return " AND ".join(test for test, _ in given) or "1", [value for _, value in given]
 
 
 def new_lines(file: Path, read: dict[Path, tuple[int, int]], most: int) -> Iterator[tuple[dict[str, Any], int, int]]:
@@ -246,10 +255,8 @@ def new_lines(file: Path, read: dict[Path, tuple[int, int]], most: int) -> Itera
             if not line.endswith(b"\n"):
                 return
             read[file] = inode, start + len(line)
-            try:
+            with suppress(ValueError):  # a line that a full disk has cut off, and a later one went on
                 yield json.loads(line), start, len(line)
-            except ValueError:  # what a full disk has cut off, and a later writer went on with
-                pass
             start += len(line)
 
 
@@ -292,16 +299,10 @@ def whole(row: Sequence[Any]) -> Found | None:
     number, values = row[0], dict(zip(COLUMNS, row[1:], strict=True))
     try:
         with Path(values["file"]).open("rb") as stream:
+            if os.fstat(stream.fileno()).st_ino != values["inode"]:
+                return None
             stream.seek(values["start"])
             line = stream.read(values["size"])
         return Found(number, values["round"], values["role"], values["solved"], values["time"], json.loads(line))
     except (OSError, ValueError):
         return None
-
-
-def rounds_of(trainings: Sequence[Key]) -> dict[int, list[str]]:
-    """The roles of each round."""
-    found: dict[int, list[str]] = defaultdict(list)
-    for number, role in trainings:
-        found[number].append(role)
-    return dict(found)

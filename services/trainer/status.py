@@ -1,4 +1,4 @@
-"""What the trainer shows while it runs: /health, /metrics and /report on settings.trainer.port.
+"""What the trainer shows while it runs: /health, /metrics and the run page (`page.py`) on settings.trainer.port.
 
 Gauges hold the newest step: verl's names as they are in `drzero_trainer_metric{name="actor/grad_norm"}`, and each name
 of `step_metrics.py` in one family per kind, such as `drzero_trainer_reward_part{part="format_think"}` or
@@ -9,20 +9,21 @@ Counters grow over the steps that this process has seen. /health is 200 while th
 """
 
 import math
+import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TypedDict
 
 import uvicorn
-from fastapi import FastAPI
-from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.responses import JSONResponse, Response
 from prometheus_client import Counter, Gauge, Histogram
 
 from services.trainer.guards import NAMES, Alarm
+from services.trainer.page import create_app
 from services.trainer.step_metrics import REWARD_TAIL, mismatch, step_times
+from shared.api_token import api_token
 from shared.metrics import REGISTRY, SECONDS, metrics_text
-from shared.settings import TrainerSettings
+from shared.settings import Settings
 from shared.sockets import listen
 
 STEP = Gauge("drzero_trainer_step", "Last finished optimizer step.", registry=REGISTRY)
@@ -176,9 +177,9 @@ def health() -> dict[str, object]:
     return {"status": "ok" if calm else "warning", **HEALTH}
 
 
-def serve_in_background(trainer: TrainerSettings, run: Path) -> uvicorn.Server:
-    """Serve the run in this folder until the process ends; returns the server, whose `should_exit` ends it earlier."""
-    app = FastAPI(title="Dr. Zero trainer")
+def serve_in_background(settings: Settings) -> uvicorn.Server:
+    """Serve the settings' run until the process ends; returns the server, whose `should_exit` ends it earlier."""
+    app = create_app(settings, api_token(os.environ))
 
     @app.get("/health")
     def show_health() -> JSONResponse:
@@ -189,14 +190,7 @@ def serve_in_background(trainer: TrainerSettings, run: Path) -> uvicorn.Server:
         body, kind = metrics_text()
         return Response(body, media_type=kind)
 
-    @app.get("/report")
-    def show_report() -> Response:
-        pages = sorted(run.glob("*/report/report.html"), key=lambda page: int(page.parts[-3]))
-        if not pages:
-            return JSONResponse({"detail": "no report yet: it is written when a round ends"}, status_code=404)
-        return FileResponse(pages[-1], media_type="text/html")
-
-    listener = listen("trainer", trainer.host, trainer.port)
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
+    listener = listen("trainer", settings.trainer.host, settings.trainer.port)
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, limit_concurrency=100))
     threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="status", daemon=True).start()
     return server

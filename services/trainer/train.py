@@ -2,8 +2,9 @@
 
 This file starts verl with the overrides of `overrides.py`, follows what it writes, and decides: a crash is resumed
 from the newest checkpoint up to `trainer.restarts` times; an outage that outlasted the patience, a stall, or a further
-crash ends the stage with a sentence, and so does a person who asks for it (`control.py`). Killed at any moment and started again, it goes on at the newest checkpoint.
-The finished record is published as the artifact `training`; checkpoints stay in scratch.
+crash ends the stage with a sentence, and so does a person who asks for it (`control.py`). Killed at any
+moment and started again, it goes on at the newest checkpoint. The finished record is published as the artifact
+`training`; checkpoints stay in scratch.
 """
 
 import json

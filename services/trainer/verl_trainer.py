@@ -89,7 +89,7 @@ class SelfPlayTrainer(PPOTrainerSync):  # type: ignore[misc]
                 serve(self._settings, self._settings.solver.model, structlog.get_logger())
 
     def on_step_end(self) -> None:
-        """When a pause or a stop is asked for, the step's checkpoint is saved where verl saves, weights still at hand."""
+        """When a pause or a stop is asked for, a checkpoint is saved where verl saves its own."""
         self._asked = requested(run_paths(self._settings).run) is not None
         if self._asked and "save_checkpoint" not in self.timing_raw:
             with marked_timer("save_checkpoint", self.timing_raw):

@@ -1,0 +1,340 @@
+"""The run page: `python -m services.trainer.page`, and in the driver's own process while it runs, on `trainer.port`.
+
+GET `/` shows the run: what it does now, curves, where the time goes, the reward's parts, rollouts with filters,
+evaluations and reports. It is whole without JavaScript; with it, htmx brings what is new every second. POST `/control`
+pauses, stops and resumes (`control.py`) for whoever has the token of `shared/api_token.py`, from the form or as
+`Authorization: Bearer`. All of it comes from files (`page_view.py`, `page_index.py`). Text of models and papers is
+escaped by the templates, and the content security policy allows no script but htmx's file.
+"""
+
+import asyncio
+import hashlib
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, quote
+
+import structlog
+import uvicorn
+from fastapi import APIRouter, FastAPI, HTTPException, Request, Response
+from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, RedirectResponse
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from pydantic import SecretStr
+
+from services.trainer.control import ORDERS, Order, order
+from services.trainer.page_feed import CHOICES, WrongForm, card, feed_of, fields_of, wanted_of, whole_number
+from services.trainer.page_index import Key, RunIndex
+from services.trainer.page_view import evaluations, reports, standing, training_view
+from services.trainer.paths import run_paths
+from shared.api_token import api_token, is_token
+from shared.command import UsageError, run
+from shared.settings import Settings
+from shared.sockets import listen
+
+FOLDER = Path(__file__).parent / "run_page"
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src data:; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "Cache-Control": "no-store",
+}
+REPORT_HEADERS = HEADERS | {  # a page of its own, with its style in it and no script
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'; sandbox"
+}
+FILES = {"run.css": "text/css", "htmx.min.js": "text/javascript"}
+SYNC_S = 0.5
+LARGEST_BODY = 2048
+READS, READS_S = 300, 5.0  # requests of all readers together: about forty open pages
+WRONG_TOKENS, WRONG_TOKENS_S = 10, 60.0
+
+
+class Rate:
+    """At most so many events within so many seconds."""
+
+    def __init__(self, most: int, seconds: float) -> None:
+        self._most, self._seconds = most, seconds
+        self._times: deque[float] = deque()
+
+    def full(self) -> bool:
+        """Whether there is no room for another now."""
+        while self._times and self._times[0] < time.monotonic() - self._seconds:
+            self._times.popleft()
+        return len(self._times) >= self._most
+
+    def count(self) -> None:
+        """Count one."""
+        self._times.append(time.monotonic())
+
+
+@dataclass
+class RunPage:
+    """What the routes share: where the run is, its index, and who has asked how often."""
+
+    settings: Settings
+    token: SecretStr | None
+    run: Path
+    corpus: Path
+    index: RunIndex
+    reads: Rate = field(default_factory=lambda: Rate(READS, READS_S))
+    wrong: Rate = field(default_factory=lambda: Rate(WRONG_TOKENS, WRONG_TOKENS_S))
+    behind: bool = True  # whether files of before are still being read
+
+
+def run_page(settings: Settings, token: SecretStr | None) -> RunPage:
+    """The page of the settings' run."""
+    paths = run_paths(settings)
+    return RunPage(settings, token, paths.run, paths.corpus, RunIndex(paths.run, paths.work.parents[1]))
+
+
+@asynccontextmanager
+async def following(page: RunPage) -> AsyncIterator[None]:
+    """Within the block the index follows the run's files."""
+    ended = threading.Event()
+
+    def follow() -> None:
+        log = structlog.get_logger()
+        while not ended.is_set():
+            try:
+                page.behind = page.index.sync()
+            except Exception as error:  # noqa: BLE001  # a file that vanishes or is odd must not end the page for good
+                log.warning("the run page cannot read a file of the run; it tries again", error=repr(error))
+                page.behind = False
+            ended.wait(0 if page.behind else SYNC_S)
+
+    thread = threading.Thread(target=follow, name="run page", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        await asyncio.to_thread(thread.join)
+
+
+def create_app(settings: Settings, token: SecretStr | None) -> FastAPI:
+    """The page as an app of its own."""
+    page = run_page(settings, token)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        async with following(page):
+            yield
+
+    app = FastAPI(title="Dr. Zero run", openapi_url=None, lifespan=lifespan)
+    app.include_router(page_routes(page))
+    return app
+
+
+def page_routes(page: RunPage) -> APIRouter:
+    """All routes of the page."""
+    router = APIRouter(include_in_schema=False)
+
+    @router.get("/")
+    def whole_page(request: Request) -> Response:
+        return limited(page) or shown(page, request.query_params)
+
+    @router.get("/live")
+    def live(request: Request) -> Response:
+        return limited(page) or newer_part(page, request.query_params)
+
+    @router.get("/fresh")
+    def fresh(request: Request) -> Response:
+        return limited(page) or newer_rollouts(page, request.query_params)
+
+    @router.get("/rollout/{number}")
+    def rollout(number: int, request: Request) -> Response:
+        return limited(page) or one_rollout(page, number, fragment="hx-request" in request.headers)
+
+    @router.post("/control")
+    async def control(request: Request) -> Response:
+        return await controlled(page, request)
+
+    @router.get("/report")
+    def newest_report() -> Response:
+        found = reports(page.run)
+        if not found:
+            return JSONResponse({"detail": "no report yet: it is written when a round ends"}, status_code=404)
+        return report_of(page, found[-1])
+
+    @router.get("/report/{number}")
+    def report(number: int) -> Response:
+        return report_of(page, number)
+
+    @router.get("/page/{name}")
+    def file(name: str) -> Response:
+        if name not in FILES:
+            raise HTTPException(404)
+        headers = dict(HEADERS) | {"Cache-Control": "max-age=3600"}
+        return Response((FOLDER / name).read_bytes(), media_type=FILES[name], headers=headers)
+
+    return router
+
+
+def limited(page: RunPage) -> Response | None:
+    """The refusal of a reader when all of them ask too much; None when there is room."""
+    if page.reads.full():
+        return Response("too many requests", 429, headers={**HEADERS, "Retry-After": str(int(READS_S))})
+    page.reads.count()
+    return None
+
+
+def shown(page: RunPage, query: Mapping[str, str], *, problem: str = "", said: str = "", status: int = 200) -> Response:
+    """The whole page."""
+    try:
+        fields = fields_of(query)
+        feed = feed_of(page.index, fields, page.corpus)
+    except WrongForm as error:
+        fields, feed, problem, status = fields_of({}), feed_of(page.index, fields_of({}), page.corpus), str(error), 422
+    html = template("index.html").render(
+        live_part(page, query)
+        | {
+            "feed": feed,
+            "choices": CHOICES,
+            "problem": problem,
+            "said": said,
+            "controls": page.token is not None,
+            "orders": ORDERS,
+            "evaluations": evaluations(page.run),
+            "reports": reports(page.run),
+        }
+    )
+    return HTMLResponse(html, status, headers=dict(HEADERS))
+
+
+def newer_part(page: RunPage, query: Mapping[str, str]) -> Response:
+    """The live part of the page, or 204 when it is the one that the reader has."""
+    values = live_part(page, query)
+    if query.get("seen") == values["version"]:
+        return Response(status_code=204, headers=dict(HEADERS))
+    return HTMLResponse(template("live.html").render(values), headers=dict(HEADERS))
+
+
+def live_part(page: RunPage, query: Mapping[str, str]) -> dict[str, Any]:
+    """What the live part shows: the run's standing and one training, the newest unless `view` names another."""
+    trainings = page.index.trainings()
+    named = {f"{number}.{role}": (number, role) for number, role in trainings}
+    key: Key | None = named.get(query.get("view", ""), trainings[-1] if trainings else None)
+    values: dict[str, Any] = {
+        "run": page.run.name,
+        "profile": page.settings.profile,
+        "now": standing(page.settings, page.run, page.index),
+        "trainings": trainings,
+        "view": training_view(page.index, key) if key else None,
+        "chosen": query.get("view", "") if query.get("view", "") in named else "",
+        "behind": page.index.count(wanted_of(fields_of({}))) if page.behind else 0,
+    }
+    return values | {"version": hashlib.sha256(repr(values).encode()).hexdigest()[:16]}
+
+
+def newer_rollouts(page: RunPage, query: Mapping[str, str]) -> Response:
+    """How many rollouts that fit have come since the reader's page was made."""
+    try:
+        fields = fields_of(query)
+        after = whole_number(fields, "after") or 0
+        count = page.index.count(wanted_of(fields), after=after)
+    except WrongForm as error:
+        return Response(str(error), 422, media_type="text/plain", headers=dict(HEADERS))
+    html = template("fresh.html").render(count=count, after=after, filters=query_string(fields))
+    return HTMLResponse(html, headers=dict(HEADERS))
+
+
+def query_string(fields: Mapping[str, str]) -> str:
+    """The filters as the address of a page, without its place."""
+    given = {name: value for name, value in fields.items() if value and name not in ("before", "after")}
+    return "&".join(f"{name}={quote(value)}" for name, value in given.items())
+
+
+def one_rollout(page: RunPage, number: int, *, fragment: bool) -> Response:
+    """A rollout with all its turns: a part for the page, or a page of its own."""
+    found = page.index.rollout(number) if number < 2**62 else None
+    if found is None:
+        text = "This rollout is no longer there: its step is being made again. Load the page anew."
+        return HTMLResponse(f"<p>{text}</p>", 404, headers=dict(HEADERS))
+    name = "turns.html" if fragment else "rollout.html"
+    html = template(name).render(card=card(found, page.corpus, titles=True), run=page.run.name)
+    return HTMLResponse(html, headers=dict(HEADERS))
+
+
+def report_of(page: RunPage, number: int) -> Response:
+    """The report of a round."""
+    file = page.run / str(number) / "report" / "report.html"
+    if not file.is_file():
+        return JSONResponse({"detail": f"round {number} has no report yet"}, status_code=404)
+    return FileResponse(file, media_type="text/html", headers=dict(REPORT_HEADERS))
+
+
+async def controlled(page: RunPage, request: Request) -> Response:
+    """Carry out an order of whoever has the token; a browser is led back to the page, a program gets JSON."""
+    bearer = request.headers.get("authorization", "").removeprefix("Bearer ")
+    if page.token is None:
+        return answered(
+            page, bearer, 403, "the controls are off, because API_TOKEN is not set where this page is served"
+        )
+    body = await small_body(request)
+    if body is None:
+        return answered(page, bearer, 413, f"the request is too large; expected at most {LARGEST_BODY} bytes")
+    form = {name: values[-1] for name, values in parse_qs(body).items()}
+    if page.wrong.full():
+        return answered(page, bearer, 429, "too many wrong tokens; wait a minute")
+    if not is_token(bearer or form.get("token", ""), page.token):
+        page.wrong.count()
+        return answered(page, bearer, 403, "wrong token; expected that of API_TOKEN where this page is served")
+    what: Order | None = next((one for one in ORDERS if one == form.get("do")), None)
+    if what is None:
+        return answered(page, bearer, 422, f"`do` says nothing that can be done; expected one of {', '.join(ORDERS)}")
+    try:
+        await asyncio.to_thread(order, page.run, what)
+    except UsageError as error:
+        return answered(page, bearer, 409, str(error))
+    structlog.get_logger().info("control", request=what)
+    return JSONResponse({"requested": what}, headers=dict(HEADERS)) if bearer else RedirectResponse("/", 303)
+
+
+def answered(page: RunPage, bearer: str, status: int, problem: str) -> Response:
+    """A refusal, as JSON for a program and on the page for a browser."""
+    if bearer:
+        return JSONResponse({"detail": problem}, status, headers=dict(HEADERS))
+    return shown(page, {}, problem=f"{problem[:1].upper()}{problem[1:]}.", status=status)
+
+
+async def small_body(request: Request) -> str | None:
+    """The body of a request as text, None when it is too large; no more of it is read than that."""
+    body = b""
+    async for part in request.stream():
+        body += part
+        if len(body) > LARGEST_BODY:
+            return None
+    return body.decode("utf-8", "replace")
+
+
+@cache
+def environment() -> Environment:
+    """The templates."""
+    return Environment(loader=FileSystemLoader(FOLDER), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+
+
+def template(name: str) -> Any:
+    """One template by its name."""
+    return environment().get_template(name)
+
+
+def main(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
+    """Serve the page on `trainer.port` until the process is stopped."""
+    trainer = settings.trainer
+    app = create_app(settings, api_token(os.environ))
+    listener = listen("trainer", trainer.host, trainer.port)
+    log.info("run page", address=f"http://{trainer.host}:{trainer.port}/")
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, limit_concurrency=100))
+    asyncio.run(server.serve(sockets=[listener]))
+
+
+if __name__ == "__main__":
+    raise SystemExit(run("page", main))
