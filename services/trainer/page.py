@@ -13,12 +13,12 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Hashable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import parse_qs, quote
 
 import structlog
@@ -30,14 +30,15 @@ from pydantic import SecretStr
 
 from services.trainer.control import ORDERS, Order, order
 from services.trainer.page_feed import CHOICES, WrongForm, card, feed_of, fields_of, wanted_of, whole_number
-from services.trainer.page_index import Key, RunIndex
-from services.trainer.page_view import evaluations, reports, standing, training_view
+from services.trainer.page_index import Key, RunIndex, Wanted
+from services.trainer.page_view import evaluations, raised_alarms, reports, standing, training_view
 from services.trainer.paths import run_paths
 from shared.api_token import api_token, is_token
 from shared.command import UsageError, run
 from shared.settings import Settings
 from shared.sockets import listen
 
+T = TypeVar("T")
 FOLDER = Path(__file__).parent / "run_page"
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -86,6 +87,7 @@ class RunPage:
     index: RunIndex
     reads: Rate = field(default_factory=lambda: Rate(READS, READS_S))
     wrong: Rate = field(default_factory=lambda: Rate(WRONG_TOKENS, WRONG_TOKENS_S))
+    made: dict[Hashable, tuple[int, Any]] = field(default_factory=dict)  # parts of the page, by version of the index
     behind: bool = True  # whether files of before are still being read
 
 
@@ -222,16 +224,29 @@ def live_part(page: RunPage, query: Mapping[str, str]) -> dict[str, Any]:
     trainings = page.index.trainings()
     named = {f"{number}.{role}": (number, role) for number, role in trainings}
     key: Key | None = named.get(query.get("view", ""), trainings[-1] if trainings else None)
+    now, version = standing(page.settings, page.run, page.index), page.index.version
     values: dict[str, Any] = {
         "run": page.run.name,
         "profile": page.settings.profile,
-        "now": standing(page.settings, page.run, page.index),
+        "now": now,
         "trainings": trainings,
-        "view": training_view(page.index, key) if key else None,
         "chosen": query.get("view", "") if query.get("view", "") in named else "",
-        "behind": page.index.count(wanted_of(fields_of({}))) if page.behind else 0,
+        "behind": page.index.count(Wanted()) if page.behind else 0,
     }
-    return values | {"version": hashlib.sha256(repr(values).encode()).hexdigest()[:16]}
+    stamp = hashlib.sha256(repr((values, key, version)).encode()).hexdigest()[:16]
+    view = kept(page, ("view", key), version, lambda: training_view(page.index, key)) if key else None
+    raised = kept(
+        page, ("alarms", now.training), version, lambda: raised_alarms(page.settings, now.training, page.index)
+    )
+    return values | {"version": stamp, "view": view, "alarms": raised}
+
+
+def kept(page: RunPage, name: Hashable, version: int, make: Callable[[], T]) -> T:
+    """What `make` gives; it is asked once for a version of the index."""
+    if name not in page.made or page.made[name][0] != version:
+        page.made[name] = version, make()
+    found: T = page.made[name][1]
+    return found
 
 
 def newer_rollouts(page: RunPage, query: Mapping[str, str]) -> Response:

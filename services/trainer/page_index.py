@@ -84,6 +84,7 @@ class RunIndex:
     """The index of one run; `sync` is called by one thread, everything else by any."""
 
     def __init__(self, kept: Path, work: Path) -> None:
+        self.version = 0  # grows with all that is taken in
         self._kept, self._work = kept, work
         self._lock = Lock()
         self._trainings: dict[Key, Training] = {}
@@ -103,6 +104,7 @@ class RunIndex:
             with self._lock:
                 # A step that is numbered before its last verdict is read would have to be numbered again.
                 changed |= taken > 0 or self._number_steps(key, training)
+        self.version += changed
         return changed
 
     def trainings(self) -> list[Key]:

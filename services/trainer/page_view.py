@@ -66,7 +66,7 @@ class Standing:
     ends: str
     requested: str
     waiting: str
-    alarms: tuple[tuple[str, str], ...]
+    training: Key | None  # the one that runs, or ran last
     stages: tuple[tuple[str, str, str], ...]  # label, when it finished, seconds
 
 
@@ -99,13 +99,11 @@ def standing(settings: Settings, run: Path, index: RunIndex) -> Standing:
     stage = str(driver.get("stage", ""))
     number, _, name = stage.partition(".")
     role = ROLES.get(name)
+    key = (int(number), role) if role else None
     step = ends = waiting = ""
-    raised: tuple[tuple[str, str], ...] = ()
-    if role is not None:
-        key, total = (int(number), role), driver["steps"][role]
-        step, ends = progress(index, key, total, settings)
+    if key is not None:
+        step, ends = progress(index, key, driver["steps"][role], settings)
         waiting = waiting_text(settings, key)
-        raised = raised_alarms(settings, key, index.steps(key))
     elif name:
         step = journal_lines(settings, int(number))
     return Standing(
@@ -117,7 +115,7 @@ def standing(settings: Settings, run: Path, index: RunIndex) -> Standing:
         ends=ends if driven else "",
         requested=asked or "",
         waiting=str(driver.get("waiting") or waiting) if driven else waiting,
-        alarms=raised,
+        training=key,
         stages=tuple(
             (
                 label,
@@ -173,9 +171,12 @@ def waiting_text(settings: Settings, key: Key) -> str:
         return read_outage(paths.outage) or ""
 
 
-def raised_alarms(settings: Settings, key: Key, steps: Mapping[int, Numbers]) -> tuple[tuple[str, str], ...]:
-    """Name and text of each alarm of the newest step, by the guards of these settings."""
+def raised_alarms(settings: Settings, key: Key | None, index: RunIndex) -> tuple[tuple[str, str], ...]:
+    """Name and text of each alarm of a training's newest step, by the guards of these settings."""
+    if key is None:
+        return ()
     gate, reward = paths_of(settings, key[0], role_of(key)).gate, settings.trainer.reward
+    steps = index.steps(key)
     history = {s: n | {"drzero/gated": float(form_at(s, reward, gate) == "gated")} for s, n in steps.items()}
     return tuple((alarm.name, alarm.text) for alarm in alarms(history, settings.trainer.guards))
 
