@@ -1,8 +1,8 @@
 """The one API token: who may search, ask a model, change weights or steer a run where a port is open to others.
 
 From `DRZERO_API_TOKEN`, or the file that `DRZERO_API_TOKEN_FILE` names (a Compose secret). It is a secret, no setting:
-no manifest, log or list of settings can hold it. Without one everybody who reaches a port is let in, which is right on a
-loopback address only. With one, every request needs it but the GETs of `OPEN`, which cost nothing: as
+no manifest, log or list of settings can hold it. Without one everybody who reaches a port is let in, which is right on
+a loopback address only. With one, every request needs it but the GETs of `OPEN`, which cost nothing: as
 `Authorization: Bearer <token>`, or as the password of HTTP Basic, for which a browser asks by itself. Comparing takes
 the same time whatever is wrong.
 
@@ -107,9 +107,7 @@ def presented(authorization: bytes) -> bytes:
         return b""
 
 
-async def refuse(
-    scope: Scope, send: Send, status: int, detail: str, more: Iterable[tuple[bytes, bytes]] = ()
-) -> None:
+async def refuse(scope: Scope, send: Send, status: int, detail: str, more: Iterable[tuple[bytes, bytes]] = ()) -> None:
     """Answer instead of the app, with the error body that all services share."""
     body = to_json({"detail": detail, "request_id": scope.get("state", {}).get("request_id", "")})
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *more]
