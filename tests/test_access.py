@@ -187,7 +187,7 @@ def test_sglang_gets_the_token_and_logs_none(tmp_path: Path) -> None:
 @needs_minilm
 def test_a_planted_secret_stands_in_no_log_manifest_or_reply(tmp_path: Path) -> None:
     secrets = {"DRZERO_API_TOKEN": TOKEN, "HF_TOKEN": "hf_planted_9876543210", "NCBI_API_KEY": "ncbi-planted-54321"}
-    publish_corpus(tmp_path / "corpus", PAPERS)
+    publish_corpus(tmp_path, PAPERS)
     port = free_port()
     variables = environment(tmp_path, RETRIEVAL__PORT=str(port), LOG__LEVEL="debug") | secrets
     python = [sys.executable, "-m"]
