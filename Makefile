@@ -43,6 +43,14 @@ export: venv  ## Zip the newest round's solver with its model card; ROUND=…, T
 	@$(WITH_ENV) $(PY) -m services.trainer.export $(if $(ROUND),--round="$$ROUND") $(if $(TO),--to="$$TO") \
 	  $(if $(PUSH),--push="$$PUSH")
 
+.PHONY: docs
+docs: venv  ## The documentation as a site in site/, every link checked
+	@$(VENV)/bin/mkdocs build --quiet --strict
+
+.PHONY: settings-page
+settings-page: venv  ## Write docs/settings.md anew from the settings
+	@$(PY) -m shared.settings_table --markdown >docs/settings.md
+
 .PHONY: clean
 clean:  ## Delete scratch (checkpoints, caches, logs); papers, index, runs and weights stay
 	rm -rf scratch
