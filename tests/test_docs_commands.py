@@ -1,7 +1,7 @@
 """The commands of the documentation: all are well-formed, their flags exist, and those of the search service are run.
 
-`make demo`, the containers and the stages of the trainer are run as they stand by test_loop.py and test_compose.py. What
-needs a GPU, a network or data from elsewhere is checked for its form and flags alone.
+`make demo`, the containers and the stages of the trainer are run as they stand by test_loop.py and test_compose.py.
+What needs a GPU, a network or data from elsewhere is checked for its form and flags alone.
 """
 
 import asyncio
