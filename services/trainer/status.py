@@ -21,6 +21,7 @@ from prometheus_client import Counter, Gauge, Histogram
 
 from services.trainer.guards import NAMES, Alarm
 from services.trainer.step_metrics import REWARD_TAIL, mismatch, step_times
+from shared.access import Access, api_token
 from shared.metrics import REGISTRY, SECONDS, metrics_text
 from shared.settings import TrainerSettings
 from shared.sockets import listen
@@ -179,6 +180,7 @@ def health() -> dict[str, object]:
 def serve_in_background(trainer: TrainerSettings, run: Path) -> uvicorn.Server:
     """Serve the run in this folder until the process ends; returns the server, whose `should_exit` ends it earlier."""
     app = FastAPI(title="Dr. Zero trainer")
+    app.add_middleware(Access, token=api_token())
 
     @app.get("/health")
     def show_health() -> JSONResponse:
