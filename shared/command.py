@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import structlog
 
+from shared.access import api_token
 from shared.clients import ServiceError
 from shared.files import ArtifactError
 from shared.logs import configure
@@ -23,6 +24,7 @@ def run(service: str, work: Callable[[Settings, structlog.stdlib.BoundLogger], N
     """Run one command; returns the exit status: 0 done, 1 a known error, 2 wrong settings, 130 interrupted."""
     try:
         settings = load_settings()
+        api_token()  # one that cannot be used ends everything at once
     except SettingsError as error:
         print(f"{service}: {error}", file=sys.stderr)
         return 2

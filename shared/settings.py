@@ -3,7 +3,7 @@
 `load_settings()` reads, strongest first: `DRZERO_SECTION__FIELD` variables, the sparse profile
 `shared/profiles/<DRZERO_PROFILE>.toml` (default `demo`), the defaults below. An unknown key or a misspelt
 variable is a `SettingsError` that names it. Secrets are no settings: they come by name from the environment
-(`NCBI_API_KEY`, `HF_TOKEN`) and never enter this object, a log or a manifest.
+(`NCBI_API_KEY`, `HF_TOKEN`, `DRZERO_API_TOKEN`) and never enter this object, a log or a manifest.
 """
 
 import difflib
@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 PREFIX = "DRZERO_"
+SECRETS = frozenset({f"{PREFIX}API_TOKEN", f"{PREFIX}API_TOKEN_FILE"})  # no settings: read by shared/access.py alone
 PROFILE_DIR = Path(__file__).parent / "profiles"
 LISTS = frozenset(
     {"hop_ratio", "seed_mesh", "seed_keywords", "exclude_pmids", "languages", "exclude_publication_types", "sets"}
@@ -611,7 +612,8 @@ def build_settings(environ: Mapping[str, str]) -> Settings:
 
     An empty variable counts as unset, because Compose passes unset ones on as empty strings.
     """
-    given = {key: value for key, value in environ.items() if key.startswith(PREFIX) and value != ""}
+    ours = {key: value for key, value in environ.items() if key.startswith(PREFIX) and value != ""}
+    given = {key: value for key, value in ours.items() if key not in SECRETS}
     known = known_variables()
     for key in given:
         if key not in known:

@@ -16,6 +16,7 @@ from round_world import solver_verdict
 
 from services.trainer import status
 from services.trainer.guards import NAMES, alarms
+from services.trainer.paths import run_paths
 from services.trainer.step_metrics import (
     MISMATCH,
     PART_TIMERS,
@@ -26,8 +27,8 @@ from services.trainer.step_metrics import (
     step_metrics,
     step_times,
 )
-from shared.files import publish
-from shared.settings import GuardSettings, TrainerSettings
+from shared.files import publish, write_atomically
+from shared.settings import GuardSettings, Settings, changed
 
 Verdict = dict[str, Any]
 LOST: Verdict = {"valid": 0.0, "invalid_reason": "solver", "score": 0.0, "attempts_valid": 0.0}
@@ -313,11 +314,18 @@ def test_a_text_that_is_cut_ends_with_a_sign_of_it() -> None:
     assert shorten("abcdef", 5) == "abcd…"
 
 
+def settings_in(folder: Path, port: int) -> Settings:
+    return changed(
+        Settings(),
+        {"storage.data_dir": folder / "data", "storage.scratch_dir": folder / "scratch", "trainer.port": port},
+    )
+
+
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    server = status.serve_in_background(TrainerSettings(port=port), tmp_path_factory.mktemp("run"))
+    server = status.serve_in_background(settings_in(tmp_path_factory.mktemp("run"), port))
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=30) as client:
         yield client
     server.should_exit = True
@@ -326,12 +334,14 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
 def test_the_report_is_that_of_the_newest_round_and_until_then_none(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    server = status.serve_in_background(TrainerSettings(port=port), tmp_path)
-    (tmp_path / "state.json").write_text("{}", encoding="utf-8")
+    settings = settings_in(tmp_path, port)
+    run = run_paths(settings).run
+    server = status.serve_in_background(settings)
+    write_atomically(run / "state.json", '{"stages": {}}')
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=30) as client:
         assert client.get("/report").status_code == 404
         for number in (9, 10, 2):  # 10 comes after 9, and what is written last is not the newest round
-            with publish(tmp_path / str(number) / "report", settings={}, made_from={}) as draft:
+            with publish(run / str(number) / "report", settings={}, made_from={}) as draft:
                 (draft.path / "report.html").write_text(f"<p>Round {number}</p>", encoding="utf-8")
             reply = client.get("/report")
             assert (reply.status_code, reply.text) == (200, f"<p>Round {max(number, 9 if number == 9 else 10)}</p>")

@@ -22,6 +22,7 @@ from fastapi.responses import JSONResponse
 from prometheus_client import Counter, Gauge, Histogram
 from pydantic import BaseModel
 
+from shared.access import Access, api_token
 from shared.generation import GenerationEngine, GenerationError, load_engine, load_folder
 from shared.hardware import cpu_dtype
 from shared.metrics import REGISTRY, SECONDS, metrics_text
@@ -189,6 +190,7 @@ def create_app(solver: SolverSettings, folder: str) -> FastAPI:
         served[0].engine.stop()
 
     app = FastAPI(title="Dr. Zero solver", lifespan=lifespan)
+    app.add_middleware(Access, token=api_token())
 
     @app.exception_handler(GenerationError)
     async def refuse(_: Request, error: Exception) -> JSONResponse:

