@@ -19,9 +19,10 @@ from test_retrieval_page import CHROMIUM, QUIET, needs_chromium
 from services.trainer.charts import HEIGHT, LEFT, MOST_POINTS, WIDTH, draw, levels, thinned
 from services.trainer.control import requested
 from services.trainer.driver import note
-from services.trainer.page import READS, create_app
+from services.trainer.page import FOLDER, READS, create_app
 from services.trainer.page_feed import FIELDS, WrongForm, cursor_of, fields_of, wanted_of
 from services.trainer.page_view import duration
+from shared.files import hash_file
 from shared.settings import Settings
 
 PLANTED = '"><script>document.title = "planted"</script><img src=x onerror="document.title = \'planted\'" hx-get="/x">'
@@ -293,6 +294,11 @@ def test_nothing_planted_by_a_model_a_paper_or_a_reader_becomes_markup(tmp_path:
             assert "unsafe" not in policy
             assert "script-src 'self'" in policy
         assert "&lt;script&gt;" in client.get("/").text
+
+
+def test_the_front_end_library_is_the_one_that_was_looked_at() -> None:
+    # htmx.org 2.0.8 of the npm registry, dist/htmx.min.js
+    assert hash_file(FOLDER / "htmx.min.js") == "22283ef68cb7545914f0a88a1bdedc7256a703d1d580c1d255217d0a50d31313"
 
 
 # ---- curves ----------------------------------------------------------------------------------------------------------

@@ -627,6 +627,7 @@ class Fitted:
         trainer.config.trainer.val_before_train, trainer.config.trainer.test_freq = False, 0
         trainer.config.trainer.logger = ["file"]
         trainer.checkpoint_manager = self
+        trainer._init_dump_executor()
         trainer.step, trainer._save_checkpoint = self.step, self.save_checkpoint
         trainer._compute_metrics = lambda batch, metrics, timing, **_: metrics.update(
             {f"timing_s/{name}": value for name, value in timing.items()}

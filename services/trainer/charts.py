@@ -93,7 +93,8 @@ def thinned(curve: Curve) -> list[Point]:
 def levels(low: float, high: float) -> list[float]:
     """Three to six round values that enclose all numbers between `low` and `high`."""
     if high - low < 1e-9 * max(1.0, abs(high)):
-        low, high = low - max(abs(low) * 0.1, 0.1), high + max(abs(high) * 0.1, 0.1)
+        margin = max(abs(high) * 0.1, 0.1)
+        low, high = (max(0.0, low - margin) if low >= 0 else low - margin), high + margin
     rough = (high - low) / 3
     size = 10.0 ** math.floor(math.log10(rough))
     step = next(size * factor for factor in (1, 2, 5, 10) if size * factor >= rough)

@@ -7,6 +7,7 @@ from files (`page_view.py`, `page_index.py`). Text of models and papers is escap
 security policy allows no script but htmx's file.
 """
 
+import argparse
 import asyncio
 import hashlib
 import threading
@@ -353,4 +354,5 @@ def main(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(prog="python -m services.trainer.page", description="Serve the run page.").parse_args()
     raise SystemExit(run("page", main))

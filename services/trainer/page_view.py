@@ -27,6 +27,7 @@ from services.trainer.run_state import read_state
 from services.trainer.step_metrics import step_times
 from shared.settings import Settings
 
+Family = tuple[str, tuple[tuple[str, str], ...]]  # heading, then names and values
 RECENT = 10  # steps that a mean of the newest ones is over
 ROLES: Mapping[str, Role] = {"train": "proposer", "solver_train": "solver"}  # stage → what it trains
 JOURNALS = ("questions/candidates.jsonl", "questions/checks.jsonl")  # of a round, beside its roles' folders
@@ -90,7 +91,7 @@ class TrainingView:
     charts: tuple[Chart, ...]
     parts: tuple[Part, ...]
     times: tuple[Part, ...]
-    shares: tuple[tuple[str, tuple[tuple[str, str], ...]], ...]  # heading, then name and value
+    shares: tuple[Family, ...]
 
 
 def standing(settings: Settings, run: Path, index: RunIndex) -> Standing:
@@ -148,7 +149,8 @@ def progress(index: RunIndex, key: Key, total: int, settings: Settings) -> tuple
     if not seconds or done >= total:
         return text, ""
     left = median(seconds) * (total - done)
-    return text, f"about {duration(left)} left, until {clock(newest_time(settings, key) + left)}"
+    end = newest_time(settings, key) + left
+    return text, f"about {duration(left)} left, until {clock(end)}" if end > time.time() else ""
 
 
 def newest_time(settings: Settings, key: Key) -> float:
@@ -214,11 +216,11 @@ def training_view(index: RunIndex, key: Key) -> TrainingView:
             anatomy(list(steps.values()), [(f"{n}_mean", label) for n, label in (PARTS if proposer else ANSWER_PARTS)])
         ),
         tuple(anatomy(times, TIMES, whole="step")),
-        tuple(
+        by_hop(newest)
+        + tuple(
             (heading, found)
             for heading, prefix in (
                 ("Right attempts, share of questions", "solved/"),
-                ("Hops: rollouts, mean reward", "hop/"),
                 ("Kinds of question, share", "reasoning/"),
                 ("Attempts by how they ended", "ended/"),
                 ("Rollouts lost, by reason", "invalid/"),
@@ -242,6 +244,19 @@ def members(numbers: Numbers, prefix: str) -> tuple[tuple[str, str], ...]:
     """The members of one family of `step_metrics`, without its prefix."""
     found = {name.removeprefix(prefix): value for name, value in numbers.items() if name.startswith(prefix)}
     return tuple((name.replace("/", " "), short(value)) for name, value in found.items())
+
+
+def by_hop(numbers: Numbers) -> tuple[Family, ...]:
+    """Rollouts of each number of hops and their reward, as one family; none when there are no rollouts."""
+    rows = tuple(
+        (
+            f"{hop} {'hop' if hop == 1 else 'hops'}",
+            f"{numbers[f'hop/{hop}/count']:.0f} of {short(numbers[f'hop/{hop}/score_mean'])}",
+        )
+        for hop in range(1, 5)
+        if f"hop/{hop}/count" in numbers
+    )
+    return (("Rollouts by hops, and their mean reward", rows),) if rows else ()
 
 
 def anatomy(steps: Sequence[Numbers], parts: Sequence[tuple[str, str]], whole: str = "") -> list[Part]:
