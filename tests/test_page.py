@@ -36,7 +36,7 @@ def evaluated(settings: Settings) -> None:
     sets = {"kept_out": {"base": side, "round": side | {"accuracy": 0.7}, "change": change}}
     run = training_paths(settings).run
     publish_files(run / "1" / "evaluation", {"evaluation.json": json.dumps({"round": 1, "sets": sets})})
-    publish_files(run / "1" / "report", {"report.html": "<p>A report</p><script>1</script>"})
+    publish_files(run / "1" / "report", {"report.html": "<p>A report</p>", "more.html": "more"})
 
 
 # ---- what it says ----------------------------------------------------------------------------------------------------
@@ -61,11 +61,14 @@ def test_files_alone_show_a_finished_run(tmp_path: Path) -> None:
         assert "Not running: all stages are done" in text
         assert "Round 1, proposer: 3 steps" in text
         assert "<td>0.700</td><td>0.250 to 0.750</td>" in text
-        assert '<a href="/report/1">round 1</a>' in text
-        reply = client.get("/report/1")
-        assert reply.text.startswith("<p>A report</p>")
-        assert "sandbox" in reply.headers["content-security-policy"]
-        assert client.get("/report/2").status_code == 404
+        assert '<a href="/report/1/report.html">round 1</a>' in text
+        for path in ("/report", "/report/1/report.html"):
+            reply = client.get(path)
+            assert reply.text.startswith("<p>A report</p>")
+            assert "sandbox" in reply.headers["content-security-policy"]
+        assert client.get("/report/1/more.html").text == "more"
+        for path in ("/report/2/report.html", "/report/1/manifest.json", "/report/1/..%2f..%2fdriver.json"):
+            assert client.get(path).status_code == 404
 
 
 def test_stage_step_and_end_are_shown_while_a_driver_works(tmp_path: Path) -> None:
@@ -334,8 +337,8 @@ def test_many_points_are_drawn_as_means_of_neighbours(values: list[float]) -> No
 def test_levels_enclose_all_numbers(one: float, other: float) -> None:
     low, high = min(one, other), max(one, other)
     found = levels(low, high)
-    assert found[0] <= low + 1e-9 * abs(low)
-    assert found[-1] >= high - 1e-9 * abs(high)
+    assert found[0] <= low + 1e-9 * max(1, abs(low))
+    assert found[-1] >= high - 1e-9 * max(1, abs(high))
     assert 2 <= len(found) <= 6
 
 

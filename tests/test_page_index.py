@@ -160,10 +160,10 @@ def test_a_rollout_of_a_file_that_is_another_now_is_not_mistaken(tmp_path: Path)
     assert index.find(Wanted(), before=None, limit=5) == []
 
 
-def test_a_line_that_is_no_json_is_passed_over(tmp_path: Path) -> None:
+def test_a_line_that_is_no_verdict_is_passed_over(tmp_path: Path) -> None:
     settings = small_run(tmp_path)
     with (training_paths(settings).log / "verdicts-1.jsonl").open("a") as stream:
-        stream.write('{"cut of\n' + json_lines([rollout(4)]))
+        stream.write('{"cut of\n[]\n{}\n' + json_lines([rollout(4) | {"searches": None}, rollout(4)]))
     assert index_of(settings).count(Wanted()) == 13
 
 

@@ -10,6 +10,7 @@ security policy allows no script but htmx's file.
 import argparse
 import asyncio
 import hashlib
+import math
 import threading
 import time
 from collections import deque
@@ -51,27 +52,27 @@ REPORT_HEADERS = HEADERS | {  # a page of its own, with its style in it and no s
     "form-action 'none'; frame-ancestors 'none'; sandbox"
 }
 FILES = {"run.css": "text/css", "htmx.min.js": "text/javascript"}
-SYNC_S = 0.5
+SYNC_S, RETRY_S = 0.5, 10.0
 LARGEST_BODY = 2048
 READS, READS_S = 300, 5.0  # requests of all readers together: about forty open pages
 
 
 class Rate:
-    """At most so many events within so many seconds."""
+    """At most `most` events within `seconds`; may be asked by any thread."""
 
     def __init__(self, most: int, seconds: float) -> None:
-        self._most, self._seconds = most, seconds
-        self._times: deque[float] = deque()
+        self._seconds = seconds
+        self._times: deque[float] = deque([-math.inf] * most, maxlen=most)
+        self._lock = threading.Lock()
 
-    def full(self) -> bool:
-        """Whether there is no room for another now."""
-        while self._times and self._times[0] < time.monotonic() - self._seconds:
-            self._times.popleft()
-        return len(self._times) >= self._most
-
-    def count(self) -> None:
-        """Count one."""
-        self._times.append(time.monotonic())
+    def take(self) -> bool:
+        """Whether there is room for another event now, which is then counted."""
+        now = time.monotonic()
+        with self._lock:
+            room = self._times[0] < now - self._seconds
+            if room:
+                self._times.append(now)
+            return room
 
 
 @dataclass
@@ -103,11 +104,12 @@ async def following(page: RunPage) -> AsyncIterator[None]:
         log = structlog.get_logger()
         while not ended.is_set():
             try:
-                page.behind = page.index.sync()
+                more = page.index.sync()
             except Exception as error:  # noqa: BLE001  # a file that vanishes or is odd must not end the page for good
                 log.warning("the run page cannot read a file of the run; it tries again", error=repr(error))
-                page.behind = False
-            ended.wait(0 if page.behind else SYNC_S)
+                more = bool(ended.wait(RETRY_S))
+            page.behind = page.behind and more
+            ended.wait(0 if more else SYNC_S)
 
     thread = threading.Thread(target=follow, name="run page", daemon=True)
     thread.start()
@@ -162,11 +164,11 @@ def page_routes(page: RunPage) -> APIRouter:
         found = reports(page.run)
         if not found:
             return JSONResponse({"detail": "no report yet: it is written when a round ends"}, status_code=404)
-        return report_of(page, found[-1])
+        return report_of(page, found[-1], "report.html")
 
-    @router.get("/report/{number}")
-    def report(number: int) -> Response:
-        return report_of(page, number)
+    @router.get("/report/{number}/{name}")
+    def report(number: int, name: str) -> Response:
+        return report_of(page, number, name)
 
     @router.get("/page/{name}")
     def file(name: str) -> Response:
@@ -180,10 +182,9 @@ def page_routes(page: RunPage) -> APIRouter:
 
 def limited(page: RunPage) -> Response | None:
     """The refusal of a reader when all of them ask too much; None when there is room."""
-    if page.reads.full():
-        return Response("too many requests", 429, headers={**HEADERS, "Retry-After": str(int(READS_S))})
-    page.reads.count()
-    return None
+    if page.reads.take():
+        return None
+    return Response("too many requests", 429, headers=HEADERS | {"Retry-After": f"{READS_S:.0f}"})
 
 
 def shown(page: RunPage, query: Mapping[str, str], *, problem: str = "", status: int = 200) -> Response:
@@ -275,12 +276,12 @@ def one_rollout(page: RunPage, number: int, *, fragment: bool) -> Response:
     return HTMLResponse(html, headers=HEADERS)
 
 
-def report_of(page: RunPage, number: int) -> Response:
-    """The report of a round."""
-    file = page.run / str(number) / "report" / "report.html"
-    if not file.is_file():
-        return JSONResponse({"detail": f"round {number} has no report yet"}, status_code=404)
-    return FileResponse(file, media_type="text/html", headers=REPORT_HEADERS)
+def report_of(page: RunPage, number: int, name: str) -> Response:
+    """A page of the report of a round."""
+    pages = {file.name: file for file in (page.run / str(number) / "report").glob("*.html")}
+    if name not in pages:
+        return JSONResponse({"detail": f"round {number} has no {name[:40]}"}, status_code=404)
+    return FileResponse(pages[name], media_type="text/html", headers=REPORT_HEADERS)
 
 
 async def controlled(page: RunPage, request: Request) -> Response:

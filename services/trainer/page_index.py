@@ -202,10 +202,10 @@ class RunIndex:
         rows: list[tuple[Any, ...]] = []
         for file in files:
             for verdict, start, size in new_lines(file, training.read, AT_ONCE - len(rows)):
-                row = (*key, *described(verdict), str(file), training.read[file][0], start, size)
-                rows.append(row)
-                if verdict["split"] == TRAIN:
-                    training.stale.add(verdict["step"])
+                with suppress(KeyError, TypeError, ValueError):  # a line that another version of this has written
+                    rows.append((*key, *described(verdict), str(file), training.read[file][0], start, size))
+                    if verdict["split"] == TRAIN:
+                        training.stale.add(verdict["step"])
         self._database.executemany(INSERT, rows)
         for step, moment in refused.items():
             gone = self._database.execute(

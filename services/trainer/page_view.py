@@ -131,7 +131,8 @@ def standing(settings: Settings, run: Path, index: RunIndex) -> Standing:
 def in_words(driver: Mapping[str, Any], driven: bool, stage: str) -> str:
     """One sentence on the run: that it works, how it ended, or that nobody drives it."""
     if driven:
-        return f"running, stage {stage}" if stage and driver.get("ended") is None else "starting"
+        began = stage and driver.get("ended") is None
+        return f"running, stage {stage}" if began else "a command holds the run and has not begun a stage"
     if not driver:
         return "not running; nothing has been run under this name yet, or before this page existed"
     ended = driver.get("ended")
