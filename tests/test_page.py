@@ -333,6 +333,13 @@ def test_many_points_are_drawn_as_means_of_neighbours(values: list[float]) -> No
     assert total == pytest.approx(sum(values), rel=1e-6, abs=1e-3)
 
 
+def test_the_newest_value_is_said_also_where_means_are_drawn() -> None:
+    chart = draw("Title", {"a": {step: float(step) for step in range(1, 401)}})
+    assert chart is not None
+    assert chart.lines[0].now == "400"
+    assert chart.strips[-1].text == "steps 396 to 400: a 398"
+
+
 @given(st.floats(-1e30, 1e30), st.floats(-1e30, 1e30))
 def test_levels_enclose_all_numbers(one: float, other: float) -> None:
     low, high = min(one, other), max(one, other)

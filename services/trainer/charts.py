@@ -63,12 +63,11 @@ def draw(title: str, curves: Mapping[str, Curve]) -> Chart | None:
     def y(value: float) -> float:
         return TOP + (marks[-1] - value) / (marks[-1] - marks[0]) * (HEIGHT - TOP - BOTTOM)
 
-    lines = [
-        Line(
-            name, short(there[-1][2]), pieces([(x(a, b), y(v) if math.isfinite(v) else math.nan) for a, b, v in there])
-        )
-        for name, there in points.items()
-    ]
+    lines = []
+    for name, there in points.items():
+        newest = curves[name][max(curves[name])]
+        drawn = [(x(first, last), y(mean) if math.isfinite(mean) else math.nan) for first, last, mean in there]
+        lines.append(Line(name, short(newest), pieces(drawn)))
     return Chart(
         title,
         tuple(lines),

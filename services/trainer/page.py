@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import parse_qs, quote
 
 import structlog
 import uvicorn
@@ -28,13 +27,14 @@ from fastapi import APIRouter, FastAPI, HTTPException, Request, Response
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, RedirectResponse
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from services.trainer.control import ORDERS, Order, order
-from services.trainer.page_feed import CHOICES, WrongForm, card, feed_of, fields_of, wanted_of, whole_number
+from services.trainer.control import ORDERS
+from services.trainer.page_control import DONE, carry_out
+from services.trainer.page_feed import CHOICES, WrongForm, card, feed_of, fields_of, filters_of, wanted_of, whole_number
 from services.trainer.page_index import Key, RunIndex, Wanted
 from services.trainer.page_view import evaluations, raised_alarms, reports, standing, training_view
 from services.trainer.paths import run_paths
-from shared.access import NAME, Access, api_token
-from shared.command import UsageError, run
+from shared.access import Access, api_token
+from shared.command import run
 from shared.settings import Settings
 from shared.sockets import listen
 
@@ -53,7 +53,6 @@ REPORT_HEADERS = HEADERS | {  # a page of its own, with its style in it and no s
 }
 FILES = {"run.css": "text/css", "htmx.min.js": "text/javascript"}
 SYNC_S, RETRY_S = 0.5, 10.0
-LARGEST_BODY = 2048
 READS, READS_S = 300, 5.0  # requests of all readers together: about forty open pages
 
 
@@ -157,7 +156,8 @@ def page_routes(page: RunPage) -> APIRouter:
 
     @router.post("/control")
     async def control(request: Request) -> Response:
-        return await controlled(page, request)
+        outcome = await carry_out(page.run, request, allowed=page.controls)
+        return control_reply(page, outcome, browser="text/html" in request.headers.get("accept", ""))
 
     @router.get("/report")
     def newest_report() -> Response:
@@ -255,14 +255,8 @@ def newer_rollouts(page: RunPage, query: Mapping[str, str]) -> Response:
         count = page.index.count(wanted_of(fields), after=after)
     except WrongForm as error:
         return Response(str(error), 422, media_type="text/plain", headers=HEADERS)
-    html = template("fresh.html").render(count=count, after=after, filters=query_string(fields))
+    html = template("fresh.html").render(count=count, after=after, filters=filters_of(fields))
     return HTMLResponse(html, headers=HEADERS)
-
-
-def query_string(fields: Mapping[str, str]) -> str:
-    """The filters as the address of a page, without its place."""
-    given = {name: value for name, value in fields.items() if value and name not in ("before", "after")}
-    return "&".join(f"{name}={quote(value)}" for name, value in given.items())
 
 
 def one_rollout(page: RunPage, number: int, *, fragment: bool) -> Response:
@@ -284,53 +278,14 @@ def report_of(page: RunPage, number: int, name: str) -> Response:
     return FileResponse(pages[name], media_type="text/html", headers=REPORT_HEADERS)
 
 
-async def controlled(page: RunPage, request: Request) -> Response:
-    """Carry an order out; a browser is led back to the page, a program gets JSON."""
-    browser = "text/html" in request.headers.get("accept", "")
-    if not page.controls:
-        return refused(
-            page,
-            f"the controls are off, because {NAME} is not set where this page is served",
-            browser=browser,
-            status=403,
-        )
-    body = await small_body(request)
-    if body is None:
-        return refused(
-            page, f"the request is too large; expected at most {LARGEST_BODY} bytes", browser=browser, status=413
-        )
-    asked = parse_qs(body).get("do", [""])[-1]
-    what: Order | None = next((one for one in ORDERS if one == asked), None)
-    if what is None:
-        return refused(
-            page,
-            f"`do` says nothing that can be done; expected one of {', '.join(ORDERS)}",
-            browser=browser,
-            status=422,
-        )
-    try:
-        await asyncio.to_thread(order, page.run, what)
-    except UsageError as error:
-        return refused(page, str(error), browser=browser, status=409)
-    structlog.get_logger().info("control", order=what)
-    return RedirectResponse("/", 303) if browser else JSONResponse({"order": what}, headers=HEADERS)
-
-
-def refused(page: RunPage, problem: str, *, browser: bool, status: int) -> Response:
-    """A refusal, on the page for a browser and as JSON for a program."""
-    if browser:
-        return shown(page, {}, problem=f"{problem[:1].upper()}{problem[1:]}.", status=status)
-    return JSONResponse({"detail": problem}, status, headers=HEADERS)
-
-
-async def small_body(request: Request) -> str | None:
-    """The body of a request as text, None when it is too large; no more of it is read than that."""
-    body = b""
-    async for part in request.stream():
-        body += part
-        if len(body) > LARGEST_BODY:
-            return None
-    return body.decode("utf-8", "replace")
+def control_reply(page: RunPage, outcome: tuple[int, str], *, browser: bool) -> Response:
+    """What `carry_out` has brought: for a browser the page, for a program JSON."""
+    status, text = outcome
+    if not browser:
+        return JSONResponse({"order" if status == DONE else "detail": text}, status, headers=HEADERS)
+    if status == DONE:
+        return RedirectResponse("/", 303)
+    return shown(page, {}, problem=f"{text[:1].upper()}{text[1:]}.", status=status)
 
 
 @cache

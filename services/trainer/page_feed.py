@@ -83,12 +83,17 @@ def feed_of(index: RunIndex, fields: Mapping[str, str], corpus: Path) -> Feed:
     """The page of rollouts that the fields ask for; raises WrongForm."""
     wanted, newest = wanted_of(fields), index.newest()
     found = index.find(wanted, before=cursor_of(fields["before"]), limit=PAGE + 1)
-    filters = {name: value for name, value in fields.items() if value and name not in ("before", "after")}
     shown, older = found[:PAGE], ""
     if len(found) > PAGE:
-        older = urlencode(filters | {"before": f"{shown[-1].time!r}_{shown[-1].id}"})
+        older = filters_of(fields, before=f"{shown[-1].time!r}_{shown[-1].id}")
     cards = [card(one, corpus, titles=False) for one in shown]
-    return Feed(fields, cards, index.count(wanted), newest, older, urlencode(filters))
+    return Feed(fields, cards, index.count(wanted), newest, older, filters_of(fields))
+
+
+def filters_of(fields: Mapping[str, str], **more: str) -> str:
+    """The filters, and what else there is, as the query string of a page."""
+    filters = {name: value for name, value in fields.items() if value and name not in ("before", "after")}
+    return urlencode(filters | more)
 
 
 def fields_of(given: Mapping[str, str]) -> dict[str, str]:
