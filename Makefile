@@ -43,6 +43,10 @@ export: venv  ## Zip the newest round's solver with its model card; ROUND=…, T
 	@$(WITH_ENV) $(PY) -m services.trainer.export $(if $(ROUND),--round="$$ROUND") $(if $(TO),--to="$$TO") \
 	  $(if $(PUSH),--push="$$PUSH")
 
+.PHONY: storage
+storage: venv  ## What the kept files and scratch take; PRUNE=1 frees by policy, as much as the budget asks
+	@$(WITH_ENV) $(PY) -m services.trainer.storage $(if $(PRUNE),--prune --yes)
+
 .PHONY: clean
 clean:  ## Delete scratch (checkpoints, caches, logs); papers, index, runs and weights stay
 	rm -rf scratch

@@ -293,7 +293,7 @@ def test_interrupted_parts_add_up_and_what_is_reused_costs_nothing_again(tmp_pat
     with pytest.raises(RuntimeError), state.timing("1.seeds", artifact):
         raise RuntimeError
     assert state.stages["1.seeds"]["artifact"] is None
-    state.stages["1.seeds"]["seconds"] = 100.0
+    state.stages["1.seeds"]["unfinished"]["seconds"] = 100.0
     with state.timing("1.seeds", artifact), publish(artifact, settings={}, made_from={}):
         pass
     finished = read_state(tmp_path)["1.seeds"]
@@ -322,7 +322,7 @@ def test_a_remake_that_was_interrupted_counts_with_the_rest_of_it_and_not_with_w
     state.stages["1.seeds"]["seconds"] = 1000.0
     with pytest.raises(RuntimeError), state.timing("1.seeds", artifact):
         raise RuntimeError
-    state.stages["1.seeds"]["seconds"] = 100.0
+    state.stages["1.seeds"]["unfinished"]["seconds"] = 100.0
     again = RunState(tmp_path, settings_at(tmp_path))
     again.stages = state.stages
     with again.timing("1.seeds", artifact), publish(artifact, settings={"version": 2}, made_from={}):
@@ -331,6 +331,39 @@ def test_a_remake_that_was_interrupted_counts_with_the_rest_of_it_and_not_with_w
     assert 100 <= found["seconds"] < 160
     assert found["artifact"] == read_manifest(artifact).identity
     assert found["finished"] is not None
+    assert found["unfinished"] is None
+
+
+def test_a_finished_account_outlives_a_remake_that_fails_and_is_given_up(tmp_path: Path) -> None:
+    state, artifact = RunState(tmp_path, settings_at(tmp_path)), tmp_path / "artifact"
+    with state.timing("1.seeds", artifact), publish(artifact, settings={}, made_from={}):
+        pass
+    state.stages["1.seeds"]["seconds"] = 1000.0
+    finished = dict(state.stages["1.seeds"])
+    for _ in range(2):
+        with pytest.raises(RuntimeError), state.timing("1.seeds", artifact):
+            raise RuntimeError
+        state.stages["1.seeds"]["unfinished"]["seconds"] += 50
+    with state.timing("1.seeds", artifact):
+        pass  # the settings are as before, and the artifact is reused
+    found = state.stages["1.seeds"]
+    assert found | {"unfinished": None} == finished
+    assert 100 <= found["unfinished"]["seconds"] < 160
+    with state.timing("1.seeds", artifact), publish(artifact, settings={"version": 2}, made_from={}):
+        pass
+    found = read_state(tmp_path)["1.seeds"]
+    assert 100 <= found["seconds"] < 160  # what failed is paid once, by what finished in the end
+    assert found["unfinished"] is None
+
+
+def test_a_stage_that_has_never_finished_has_an_account_of_nothing_but_what_is_unfinished(tmp_path: Path) -> None:
+    state = RunState(tmp_path, settings_at(tmp_path, DRZERO_TRAINER__PRICE_PER_HOUR="3600"))
+    with pytest.raises(RuntimeError), state.timing("1.seeds", tmp_path / "artifact"):
+        raise RuntimeError
+    found = read_state(tmp_path)["1.seeds"]
+    assert (found["artifact"], found["finished"], found["seconds"], found["cost"]) == (None, None, 0.0, None)
+    assert found["unfinished"].keys() == {"seconds", "energy_wh", "cost"}
+    assert found["unfinished"]["cost"] == pytest.approx(found["unfinished"]["seconds"], abs=0.1)
 
 
 def test_each_stage_has_its_own_account_and_another_process_reads_them_all(tmp_path: Path) -> None:

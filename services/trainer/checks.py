@@ -1,8 +1,8 @@
 """What must hold before verl starts: `check_training(settings, paths)`, called by the stage `train`.
 
-Looks at the settings' arithmetic, the seed files and the models (`templates.py`), changes nothing, and raises one
-UsageError that lists every problem with expected, found and the variable to change. What is allowed but worth knowing
-is logged.
+Weights whose files do not have the hashes of their manifest are refused first. Then it looks at the settings'
+arithmetic, the seed files and the models (`templates.py`), changes nothing, and raises one UsageError that lists every
+problem with expected, found and the variable to change. What is allowed but worth knowing is logged.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -17,6 +17,8 @@ from services.trainer.protocol import SOURCE
 from services.trainer.templates import model_problems
 from shared.command import UsageError
 from shared.files import ArtifactError
+from shared.model_files import resolve_model
+from shared.serving import checked_weights
 from shared.settings import Settings, TrainerSettings
 
 COLUMNS = frozenset({"data_source", "prompt", "ability", "agent_name", "reward_model", "extra_info"})
@@ -25,7 +27,12 @@ EXTRA = {"proposer": frozenset({*COMMON, "document"}), "solver": frozenset({*COM
 
 
 def check_training(settings: Settings, paths: RunPaths) -> None:
-    """Raise UsageError when a training with these settings and seeds would fail or silently train on something else."""
+    """Raise UsageError when a training with these settings and seeds would fail or silently train on something else.
+
+    Damaged weights are an ArtifactError.
+    """
+    for model in sorted({settings.trainer.actor.model, *rewarding_models(settings)}):
+        checked_weights(resolve_model(model, settings))
     # In children, because neither transformers nor the rows of a large draw should stay in memory during training.
     with child_processes(1) as reader, child_processes(1) as child:
         in_seed_files = reader.submit(seed_file_problems, paths.seeds, settings.trainer)
@@ -36,6 +43,11 @@ def check_training(settings: Settings, paths: RunPaths) -> None:
     log: structlog.stdlib.BoundLogger = structlog.get_logger()
     for note in training_notes(settings):
         log.info("worth knowing before training", note=note)
+
+
+def rewarding_models(settings: Settings) -> list[str]:
+    """The solver that a proposer is rewarded by; a solver is rewarded by none."""
+    return [settings.solver.model] if settings.trainer.role == "proposer" else []
 
 
 # --- settings
