@@ -7,11 +7,22 @@ from typing import Any
 
 import pytest
 import structlog
-from round_world import publish_files, settings_at
+from round_world import publish_files, publish_weights_at, settings_at, world_of
 
 from services.trainer.checkpoints import keep_copy, newest_checkpoint
+from services.trainer.disk_parts import part_of
+from services.trainer.disk_plan import Origin
 from services.trainer.paths import RunPaths, run_paths
-from services.trainer.publish import INDEX, copy_weights, publish_last_good, publish_weights, weight_change
+from services.trainer.publish import (
+    INDEX,
+    copy_weights,
+    publish_last_good,
+    publish_solver,
+    publish_weights,
+    weight_change,
+)
+from services.trainer.rounds import paths_of
+from services.trainer.storage import free
 from services.trainer.train import begin_or_resume, finished, train, training_origin, training_settings
 from shared.files import ArtifactError, hash_json, publish, read_manifest, write_atomically
 from shared.settings import Settings, changed
@@ -193,6 +204,21 @@ def test_missing_weights_whose_checkpoints_are_gone_are_an_error_that_says_what_
     paths.weights.unlink()
     with pytest.raises(ArtifactError, match=rf"found none .*delete {paths.training} and run again from {stage}"):
         publish_weights(own, paths, LOG)
+
+
+def test_a_solvers_weights_are_served_unless_a_later_round_has_its_own(tmp_path: Path) -> None:
+    with world_of(lambda _: "") as world:
+        settings = settings_at(
+            tmp_path, world.url, trainer__steps=2, trainer__prompts_per_step=1, trainer__role="solver"
+        )
+        paths = trained(settings)
+        publish_solver(settings, paths, LOG)
+        assert world.loaded == [str(paths.weights.resolve())]
+        publish_weights_at(paths_of(settings, 2, "solver").weights, "later")
+        world.model = "what is served now"
+        free(part_of(paths.weights, "weights", Origin("kept"), tensors_only=True))
+        publish_solver(settings, paths, LOG)
+    assert world.model == "what is served now"
 
 
 def test_weights_that_are_not_of_the_last_step_are_not_published(settings: Settings) -> None:

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import round_world
+import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 
 from services.trainer import run_state
-from services.trainer.__main__ import STAGES, chosen, only_driver, place
+from services.trainer.__main__ import STAGES, chosen, only_driver, place, run_stage
 from services.trainer.paths import run_paths
 from services.trainer.questions import question_settings
 from services.trainer.rounds import Role, paths_of, proposer_settings, solver_settings
@@ -281,6 +283,82 @@ def test_a_driver_that_was_killed_leaves_the_run_free(tmp_path: Path) -> None:
     assert other.returncode == -signal.SIGKILL
     with only_driver(tmp_path):
         pass
+
+
+# ---- what a stage needs before it begins -----------------------------------------------------------------------------
+
+
+def spoil(file: Path, how: str) -> None:
+    """Swap, truncate or remove a file of an artifact."""
+    if how == "missing":
+        file.unlink()
+    else:
+        text = file.read_text(encoding="utf-8")
+        file.write_text(text[:-1] if how == "truncated" else text.replace("?", "!"), encoding="utf-8")
+
+
+def second_round(place: Path, url: str) -> Settings:
+    """A run with a first round, and all of the second that its trainings need."""
+    settings = round_world.settings_at(place, url, trainer__iterations=2, trainer__solver__prompts_per_step=1)
+    rows = [round_world.question_of(f"{n}", f"Question {n}?", "zinc", held_out=n == 0) for n in range(3)]
+    for number in (1, 2):
+        round_world.publish_round(settings, number, rows)
+    for role in ("proposer", "solver"):
+        paths = paths_of(settings, 2, role)
+        round_world.publish_files(paths.seeds, {"seeds": role})
+        paths.training.unlink()
+    return settings
+
+
+@pytest.mark.parametrize("how", ["swapped", "truncated", "missing"])
+@pytest.mark.parametrize(("stage", "role"), [("train", "proposer"), ("train", "solver"), ("solver_train", "solver")])
+def test_a_training_never_begins_with_weights_that_are_not_those_of_the_round_before(
+    tmp_path: Path, stage: str, role: Role, how: str
+) -> None:
+    with round_world.world_of(lambda _: "") as world:
+        settings = second_round(tmp_path, world.url)
+        spoil(paths_of(settings, 1, role).weights / "tokenizer.json", how)
+        state = RunState(tmp_path, settings)
+        with pytest.raises(UsageError, match=rf"1/{role}/weights.*tokenizer\.json.*make .* again"):
+            run_stage(2, stage, settings, state, structlog.get_logger())
+    assert (world.chats, world.loaded) == ([], [])
+    assert not settings.storage.scratch_dir.exists()
+    assert state.stages[f"2.{stage}"]["finished"] is None
+
+
+@pytest.mark.parametrize(("stage", "role"), [("train", "proposer"), ("train", "solver"), ("solver_train", "solver")])
+def test_a_training_never_begins_with_whole_weights_that_are_somebody_elses(
+    tmp_path: Path, stage: str, role: Role
+) -> None:
+    with round_world.world_of(lambda _: "") as world:
+        settings = second_round(tmp_path, world.url)
+        round_world.publish_weights_at(tmp_path / "elsewhere" / "weights", "of another run")
+        weights = paths_of(settings, 1, role).weights
+        weights.unlink()
+        weights.symlink_to(tmp_path / "elsewhere" / "weights")
+        with pytest.raises(UsageError, match=rf"expected the weights of training .* in .*1/{role}/weights, found"):
+            run_stage(2, stage, settings, RunState(tmp_path, settings), structlog.get_logger())
+    assert not settings.storage.scratch_dir.exists()
+
+
+@pytest.mark.parametrize("how", ["swapped", "truncated", "missing"])
+def test_a_proposer_whose_weights_are_damaged_writes_no_questions(tmp_path: Path, how: str) -> None:
+    with round_world.world_of(lambda _: "") as world:
+        settings = second_round(tmp_path, world.url)
+        spoil(paths_of(settings, 2, "proposer").weights / "tokenizer.json", how)
+        with pytest.raises(ArtifactError, match=r"tokenizer\.json"):
+            run_stage(2, "questions", settings, RunState(tmp_path, settings), structlog.get_logger())
+    assert (world.chats, world.loaded) == ([], [])
+
+
+def test_a_stage_begins_only_within_the_budget(tmp_path: Path) -> None:
+    settings = changed(settings_at(tmp_path), {"storage.budget_gb": 1e-6})
+    with publish(tmp_path / "data" / "corpus", settings={}, made_from={}) as draft:
+        (draft.path / "shard").write_bytes(b"x" * 2000)
+    state = RunState(tmp_path, settings)
+    with pytest.raises(ArtifactError, match=r"DRZERO_STORAGE__BUDGET_GB = 1e-06; .*--prune"):
+        run_stage(1, "seeds", settings, state, structlog.get_logger())
+    assert state.stages == {}
 
 
 # ---- what it has cost ------------------------------------------------------------------------------------------------

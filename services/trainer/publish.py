@@ -19,6 +19,7 @@ from services.trainer.checkpoints import discard_all, newest_checkpoint
 from services.trainer.disk_parts import is_published
 from services.trainer.model_card import CARD, base_of, model_card
 from services.trainer.paths import RunPaths, run_paths
+from services.trainer.rounds import paths_of
 from services.trainer.serving import serve
 from shared.command import UsageError
 from shared.files import MANIFEST, ArtifactError, Manifest, publish, read_manifest, stale_reason
@@ -101,9 +102,13 @@ def published_round(settings: Settings, role: str, wanted: int | None) -> int:
 
 
 def publish_solver(settings: Settings, paths: RunPaths, log: structlog.stdlib.BoundLogger) -> None:
-    """Publish the solver's weights, and have :8001 serve them in place."""
+    """Publish the solver's weights, and have :8001 serve them in place unless a later round has its own."""
     publish_weights(settings, paths, log)
-    serve(settings, str(paths.weights), log)
+    later = paths_of(settings, settings.trainer.round + 1, "solver").weights
+    if (later / MANIFEST).is_file():  # these may have been freed meanwhile (disk_parts.py)
+        log.info("weights of a later round are there to be served", path=str(later))
+    else:
+        serve(settings, str(paths.weights), log)
 
 
 def publish_last_good(settings: Settings, paths: RunPaths, checkpoint: tuple[int, Path]) -> None:

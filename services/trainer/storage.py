@@ -63,9 +63,9 @@ def require_budget(settings: Settings) -> None:
 
 def warn_of_budget(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
     """Say before a run that its files will not fit the budget, not only when they do not."""
-    expected, budget, rounds = estimate(settings), settings.storage.budget_gb, settings.trainer.iterations
-    if expected is not None and budget and (most := expected.kept(rounds)) > budget:
-        log.warning("the run will not fit DRZERO_STORAGE__BUDGET_GB", gb=round(most, 1), budget_gb=budget, rounds=rounds)
+    expected, budget = estimate(settings), settings.storage.budget_gb
+    if expected is not None and budget and (gb := expected.kept(settings.trainer.iterations)) > budget:
+        log.warning("the run will not fit DRZERO_STORAGE__BUDGET_GB", expected_gb=round(gb, 1), budget_gb=budget)
 
 
 def kept_bytes(settings: Settings) -> int:
@@ -106,8 +106,8 @@ def require_enough(chosen: Sequence[Part], wanted: Wanted) -> None:
         found = freed(part for part in chosen if part.origin.place in places)
         if found < bytes_wanted:
             raise UsageError(
-                f"expected {sized(bytes_wanted)} of {name} that may go, found {sized(found)}; delete a run by hand "
-                "(its folders in data/runs and scratch/runs) or exports, raise DRZERO_STORAGE__BUDGET_GB, or use a larger disk"
+                f"expected {sized(bytes_wanted)} of {name} that may go, found {sized(found)}; delete exports or a run "
+                "(its folders in data/runs and scratch/runs), raise DRZERO_STORAGE__BUDGET_GB, or use a larger disk"
             )
 
 
