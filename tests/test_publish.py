@@ -114,6 +114,7 @@ def test_numbers_that_are_whole_stay_and_an_old_name_of_the_precision_is_kept(tm
     assert torch.equal(found["weight"], ROUNDED)
     assert torch.equal(found["ids"], torch.arange(300))
     assert json.loads((tmp_path / "config.json").read_text()) == {"torch_dtype": "bfloat16"}
+    assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "config.json").stat().st_mode
 
 
 def test_without_a_precision_of_its_own_every_file_stays_as_it_is(tmp_path: Path) -> None:

@@ -147,7 +147,10 @@ def save_rounded(tensors: Iterable[tuple[str, Any]], file: Path, dtype: str) -> 
 
     wanted = None if dtype == "auto" else getattr(torch, dtype)
     rounded = {name: tensor.to(wanted) if tensor.is_floating_point() else tensor for name, tensor in tensors}
+    file.touch()
+    mode = file.stat().st_mode  # save_file makes files that only their owner may read, and a solver may be another
     save_file(rounded, file, metadata={"format": "pt"})
+    file.chmod(mode)
     return sum(tensor.nbytes for tensor in rounded.values())
 
 

@@ -182,8 +182,8 @@ def totals(settings: Settings, parts: Sequence[Part]) -> list[str]:
         rounds = settings.trainer.iterations
         lines.append(
             f"a run of these settings ({rounds} {'round' if rounds == 1 else 'rounds'}) keeps "
-            f"{expected.kept(rounds):.1f} GB, {expected.weights:.1f} of them for each model's weights, and at least "
-            f"{expected.pruned(rounds):.1f} GB where superseded weights are freed"
+            f"{expected.kept(rounds):.1f} GB, {expected.pruned(rounds):.1f} with superseded weights freed; "
+            f"each model's weights take {expected.weights:.1f}"
         )
     return lines
 
