@@ -51,6 +51,10 @@ docs: venv  ## The documentation as a site in site/, every link checked
 settings-page: venv  ## Write docs/settings.md anew from the settings
 	@$(PY) -m shared.settings_table --markdown >docs/settings.md
 
+.PHONY: storage
+storage: venv  ## What the kept files and scratch take; PRUNE=1 frees by policy, as much as the budget asks
+	@$(WITH_ENV) $(PY) -m services.trainer.storage $(if $(PRUNE),--prune --yes)
+
 .PHONY: clean
 clean:  ## Delete scratch (checkpoints, caches, logs); papers, index, runs and weights stay
 	rm -rf scratch

@@ -115,7 +115,7 @@ def test_a_collapse_warns_first_then_stops_with_the_last_good_checkpoint_kept(se
     assert problem.good_step == 1
     with publish(paths.seeds, settings={}, made_from={}) as draft:
         draft.rows = 0
-    text = give_up(problem.text, problem.good_step, paths)
+    text = give_up(problem.text, problem.good_step, settings, paths)
     assert "step 1" in text
     assert "entropy" in text
     assert str(paths.last_good.resolve()) in text

@@ -9,7 +9,6 @@ import re
 import shutil
 from pathlib import Path
 
-TRACKER = "latest_checkpointed_iteration.txt"
 STEP = re.compile(r"global_step_(\d+)")
 
 
@@ -64,6 +63,14 @@ def discard_incomplete(folder: Path) -> None:
     for path in folder.glob("global_step_*"):
         if not is_complete(path):
             shutil.rmtree(path)
+
+
+def discard_all(folder: Path) -> None:
+    """Remove all checkpoints; a kill in the middle leaves none that looks complete."""
+    for last in folder.glob("global_step_*/data.pt"):
+        last.unlink()
+    if folder.is_dir():
+        shutil.rmtree(folder)
 
 
 def prune(folder: Path, keep: int) -> None:

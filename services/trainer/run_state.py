@@ -2,7 +2,8 @@
 
 The artifacts' own manifests decide what is made again; the state is the record beside them: identity of the artifact,
 when it finished, seconds of wall clock, energy of the GPUs where they report it, and money where a price is set.
-A stage that was interrupted and resumed has the sum of its parts.
+A stage that was interrupted and resumed has the sum of its parts. What has not finished yet stands under `unfinished`,
+beside the account of the artifact that was finished before, if there is one.
 """
 
 import json
@@ -18,6 +19,10 @@ from shared.hardware import energy_joules
 from shared.settings import Settings
 
 FILE = "state.json"
+
+Account = dict[str, float | None]
+NOTHING: Account = {"seconds": 0.0, "energy_wh": None, "cost": None}
+NEW: dict[str, Any] = {"artifact": None, "finished": None, **NOTHING, "unfinished": None}
 
 
 class RunState:
@@ -42,21 +47,25 @@ class RunState:
             self._add(label, seconds, joules, artifact if finished else None)
 
     def _add(self, label: str, seconds: float, joules: float | None, artifact: Path | None) -> None:
-        stage = self.stages.get(label, {})
-        identity = read_manifest(artifact).identity if artifact else None
-        if identity is not None and stage.get("artifact") == identity:
-            return  # reused: it costs nothing again
-        if stage.get("artifact"):
-            stage = {}  # finished before, and made again now
-        spent = float(stage.get("seconds", 0.0)) + seconds
-        self.stages[label] = {
-            "artifact": identity,
-            "finished": datetime.now(UTC).isoformat(timespec="seconds") if identity else None,
+        stage = NEW | self.stages.get(label, {})
+        spent = self._account(stage["unfinished"] or NOTHING, seconds, joules)
+        if artifact is None:
+            self.stages[label] = stage | {"unfinished": spent}
+        else:
+            identity = read_manifest(artifact).identity
+            if stage["artifact"] == identity:
+                return  # reused: it costs nothing again
+            now = datetime.now(UTC).isoformat(timespec="seconds")
+            self.stages[label] = {"artifact": identity, "finished": now, **spent, "unfinished": None}
+        write_atomically(self._file, json.dumps({"stages": self.stages}, indent=2) + "\n")
+
+    def _account(self, before: Account, seconds: float, joules: float | None) -> Account:
+        spent = (before["seconds"] or 0.0) + seconds
+        return {
             "seconds": round(spent, 1),
-            "energy_wh": _sum(stage.get("energy_wh"), None if joules is None else joules / 3600),
+            "energy_wh": _sum(before["energy_wh"], None if joules is None else joules / 3600),
             "cost": round(spent / 3600 * self._price, 4) if self._price else None,
         }
-        write_atomically(self._file, json.dumps({"stages": self.stages}, indent=2) + "\n")
 
 
 def read_state(folder: Path) -> dict[str, dict[str, Any]]:
