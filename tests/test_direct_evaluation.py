@@ -42,9 +42,9 @@ from shared.settings import Settings, changed
 REAL = Path(__file__).parents[2] / "shared/data/pubmedqa/ori_pqal.json.gz"
 NEAR = 1e-3  # of logits: what float32 and the temperature 1e-4 of the CPU engine can turn
 
-CALLS = ['{"name": "search", "arguments": {"query_list": ["zinc", " "]}}', '{"name": "search"}', "[]", "7", "{",
-         '{"name": "look", "arguments": {"query_list": ["a"]}}', '{"name": "search", "arguments": {"query_list": 7}}',
-         '{"name": "search", "arguments": {"query_list": ["a", 7]}}', '{"name": "search", "arguments": []}']  # fmt: skip
+ARGUMENTS = ['{"query_list": ["zinc", " "]}', '{"query_list": 7}', '{"query_list": ["a", 7]}', "[]"]
+CALLS = ['{"name": "look", "arguments": {"query_list": ["a"]}}', '{"name": "search"}', "[]", "7", "{"]
+CALLS += [f'{{"name": "search", "arguments": {arguments}}}' for arguments in ARGUMENTS]
 PIECES = st.lists(st.sampled_from(["<tool_call>", "</tool_call>", "\n", "so", *CALLS]), max_size=9).map("".join)
 
 
