@@ -32,10 +32,11 @@ def settings_at(place: Path, **more: str) -> Settings:
     return build_settings({"DRZERO_STORAGE__DATA_DIR": str(place / "data"), **more})
 
 
-def questions_of(settings: Settings, number: int, *, train: int, held_out: int) -> None:
+def questions_of(settings: Settings, number: int, *, train: int, held_out: int, **rejected: int) -> None:
     """Publish an artifact of so many questions in a round."""
     with publish(paths_of(settings, number, "solver").questions, settings={}, made_from={}) as draft:
-        draft.counts = {"train": train, "held_out": held_out}
+        draft.counts = {"train": train, "held_out": held_out, "candidates": train + held_out + sum(rejected.values())}
+        draft.counts |= {f"rejected_{reason}": count for reason, count in rejected.items()}
 
 
 # ---- settings of a role ----------------------------------------------------------------------------------------------
@@ -196,6 +197,45 @@ def test_too_few_questions_are_refused_with_what_to_change(tmp_path: Path, train
     questions_of(settings, 1, train=train, held_out=held_out)
     with pytest.raises(UsageError, match=rf"found {train} and {held_out}; raise DRZERO_TRAINER__QUESTIONS__PAPERS"):
         solver_settings(settings, 1)
+
+
+def refusal(folder: Path, *, train: int, held_out: int, **rejected: int) -> str:
+    """What the solver's settings are refused with, for so many questions."""
+    settings = settings_at(folder)
+    questions_of(settings, 1, train=train, held_out=held_out, **rejected)
+    with pytest.raises(UsageError) as refused:
+        solver_settings(settings, 1)
+    return str(refused.value)
+
+
+def test_a_lower_number_of_prompts_is_proposed_only_where_it_helps(tmp_path: Path) -> None:
+    lower = "lower DRZERO_TRAINER__SOLVER__PROMPTS_PER_STEP to 1"
+    assert lower in refusal(tmp_path / "few", train=1, held_out=1)
+    assert "lower" not in refusal(tmp_path / "none", train=0, held_out=1)
+    unkept = refusal(tmp_path / "unkept", train=1, held_out=0)
+    assert "lower" not in unkept
+    assert "as soon as two papers have verified questions" in unkept
+
+
+REASONS = {
+    "malformed": "DRZERO_TRAINER__STEPS", "not_answerable": "lower DRZERO_TRAINER__QUESTIONS__MIN_WITH_EVIDENCE",
+    "known": "raise DRZERO_TRAINER__QUESTIONS__MAX_WITHOUT", "duplicate": "raise DRZERO_TRAINER__QUESTIONS__LIKENESS",
+    "held_out_paper": "lower DRZERO_TRAINER__QUESTIONS__HELD_OUT_SHARE", "evaluation_paper": "ingest more papers",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("worst", REASONS)
+def test_the_commonest_reason_of_a_rejection_is_named_with_its_setting(tmp_path: Path, worst: str) -> None:
+    said = refusal(tmp_path, train=0, held_out=1, **{reason: 9 if reason == worst else 2 for reason in REASONS})
+    assert f"9 of 20 candidates were rejected as `{worst}`: " in said
+    assert REASONS[worst] in said
+    assert not any(words in said for reason, words in REASONS.items() if reason != worst)
+
+
+@pytest.mark.parametrize("share", [0, 1])
+def test_neither_none_nor_all_of_the_papers_can_be_kept_out(share: int) -> None:
+    with pytest.raises(ValueError, match=r"held_out_share is '.' *: "):
+        build_settings({"DRZERO_TRAINER__QUESTIONS__HELD_OUT_SHARE": str(share)})
 
 
 def test_without_questions_the_artifact_that_lacks_is_named(tmp_path: Path) -> None:

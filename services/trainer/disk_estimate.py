@@ -21,6 +21,7 @@ TOKEN = 5  # of a token of text; 4 to 4.5 in English
 ROW = 4000  # of a rollout, a seed or a question besides its turns; 1,200 counted
 PAGE_GB = 0.02  # the report
 SET_QUESTIONS = 1000  # of an evaluation set that names no limit, as many as PubMedQA has
+SAFETY_PROMPTS = 25  # of safety_prompts.jsonl
 TOKENIZER_GB = 0.02
 VALUE = {"float32": 4, "bfloat16": 2}
 
@@ -83,7 +84,9 @@ def round_gb(trainer: TrainerSettings) -> dict[str, float]:
     papers = trainer.seeds + trainer.eval_seeds + questions.papers
     asked = trainer.evaluation.most or SET_QUESTIONS
     exams = 2 * (
-        len(trainer.evaluation.sets) * asked + round(candidates * questions.held_out_share) * trainer.iterations
+        len(trainer.evaluation.sets) * asked
+        + round(candidates * questions.held_out_share) * trainer.iterations
+        + (SAFETY_PROMPTS if trainer.evaluation.safety else 0)
     )
     return {
         "seeds": (papers + candidates) * (trainer.prompt_tokens * TOKEN + ROW) / 1e9,

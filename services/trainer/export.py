@@ -65,6 +65,8 @@ def files_of(settings: Settings, paths: RunPaths, log: structlog.stdlib.BoundLog
     names = {"evaluation": "evaluation.json", "report": "report.html", "questions": FILE}
     found = {name: paths.weights / name for name in read_manifest(paths.weights).files}
     found |= {names[artifact]: folder / names[artifact] for artifact, folder in beside.items()}
+    if "report" in beside:
+        found |= {name: beside["report"] / name for name in read_manifest(beside["report"]).files}
     behind = {"corpus": paths.corpus, "seeds": paths.seeds, "training": paths.training}
     named = {name: folder for name, folder in behind.items() if name in manifests_behind(settings)}
     for name, folder in {"weights": paths.weights, **beside, **named}.items():

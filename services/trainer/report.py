@@ -1,10 +1,12 @@
-"""Stage `report`: the artifacts of a round, and the evaluations of those before → one self-contained `report.html`.
+"""Stage `report`: the artifacts of a round, and the evaluations of those before → `report.html` and `safety.html`.
 
 What the rounds have taught, curves of both trainings, held-out results before and after, how the questions fared,
 sample questions with their papers, answers of base and round side by side, what ran for how long, and how far rollout
-engine and trained model differed. No script, no outside resource; all text of models and papers is escaped.
+engine and trained model differed. The second page shows the replies to the prompts of `safety.py`, where they were
+asked. No script, no outside resource; all text of models and papers is escaped.
 """
 
+import inspect
 import io
 import json
 import math
@@ -14,16 +16,19 @@ from typing import Any
 
 import structlog
 
+from services.trainer import safety
 from services.trainer.paths import RunPaths
 from services.trainer.records import TRAIN, Verdict, mean_parts, read_lines, valid_only
 from services.trainer.rounds import paths_of, starting_model
 from services.trainer.run_state import read_state
+from services.trainer.safety import LABELS
 from services.trainer.step_metrics import mismatch, step_metrics, step_times
 from shared.corpus import Corpus
 from shared.files import hash_file, hash_json, publish, read_manifest, stale_reason
 from shared.settings import Settings
 
 TEMPLATE = Path(__file__).parent / "report.html.j2"
+SAFETY_TEMPLATE = Path(__file__).parent / "safety.html.j2"
 SAMPLES = 6
 PARTS = (
     ("score", "reward 0.5·F + D"),
@@ -73,20 +78,22 @@ def write_report(settings: Settings, paths: RunPaths, log: structlog.stdlib.Boun
     """Write report.html unless the current one is there. `settings` are those of the round's proposer."""
     rounds = range(1, settings.trainer.round + 1)
     evaluations = [read_manifest(paths_of(settings, number, "solver").evaluation).identity for number in rounds]
-    origin = {"evaluations": hash_json(evaluations), "template": hash_file(TEMPLATE)}
+    templates = {"template": hash_file(TEMPLATE), "safety_template": hash_file(SAFETY_TEMPLATE)}
+    origin = {"evaluations": hash_json(evaluations), **templates}
     if stale_reason(paths.report, settings={}, made_from=origin) is None:
         log.info("report reused", path=str(paths.report))
         return
     with publish(paths.report, settings={}, made_from=origin) as draft:
-        (draft.path / "report.html").write_text(render(settings, paths), encoding="utf-8")
-        draft.rows = 1
+        pages = {"report.html": render(settings, paths), "safety.html": render_safety(settings)}
+        for name, page in pages.items():
+            if page:
+                (draft.path / name).write_text(page, encoding="utf-8")
+                draft.rows += 1
     log.info("report written", path=str(paths.report / "report.html"))
 
 
 def render(settings: Settings, paths: RunPaths) -> str:
-    """The page."""
-    import jinja2
-
+    """The report."""
     solver = paths_of(settings, settings.trainer.round, "solver")
     rollouts = list(read_lines(paths.training / "rollouts.jsonl"))
     numbers = step_metrics(rollouts)
@@ -94,9 +101,9 @@ def render(settings: Settings, paths: RunPaths) -> str:
     timed = [m for m in metrics if "timing_s/step" in m]
     steps, solved_steps = by_step(rollouts), by_step(list(read_lines(solver.training / "rollouts.jsonl")))
     evaluations = read_evaluations(settings)
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     corpus = Corpus(paths.corpus)
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    return fill(
+        TEMPLATE,
         run=settings.trainer.run,
         round=settings.trainer.round,
         profile=settings.profile,
@@ -128,6 +135,26 @@ def render(settings: Settings, paths: RunPaths) -> str:
         step_numbers=[m["step"] for m in timed],
         settings=settings.model_dump(mode="json"),
     )
+
+
+def render_safety(settings: Settings) -> str:
+    """The page of the safety prompts, or "" where none were asked."""
+    found = read_evaluations(settings)[-1]["safety"]
+    if found is None:
+        return ""
+    groups = dict.fromkeys(row["group"] for row in found["prompts"])
+    return fill(
+        SAFETY_TEMPLATE, run=settings.trainer.run, round=settings.trainer.round, safety=found, groups=list(groups),
+        labels=LABELS, rules=inspect.cleandoc(safety.__doc__ or "").split("\n\n", 1)[1],
+    )  # fmt: skip
+
+
+def fill(template: Path, **values: Any) -> str:
+    """A page from a template, all values escaped."""
+    import jinja2
+
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    return environment.from_string(template.read_text(encoding="utf-8")).render(**values)
 
 
 def family(numbers: dict[str, float], prefix: str) -> list[tuple[str, float]]:
@@ -203,15 +230,20 @@ def read_evaluations(settings: Settings) -> list[dict[str, Any]]:
 
 
 def exam_rows(name: str, evaluations: Sequence[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
-    """Label and marks of the base and of each round in one set; the base again where a round has other questions."""
+    """Label and marks of the base and of each round in one set.
+
+    The base stands again above each round that it was compared with otherwise: on other questions, or with other
+    answers, because index or settings had changed.
+    """
     rows: list[tuple[str, dict[str, Any]]] = []
-    asked = 0
+    shown = None
     for one in evaluations:
         if name in one["sets"]:
             found = one["sets"][name]
-            if found["base"]["questions"] != asked:
-                rows.append(("base", found["base"] | {"change": None}))
-                asked = found["base"]["questions"]
+            if (found["asked"], found["base"]) != shown:
+                label = f"base, as asked in round {one['round']}" if shown else "base"
+                rows.append((label, found["base"] | {"change": None}))
+                shown = (found["asked"], found["base"])
             rows.append((f"round {one['round']}", found["round"] | {"change": found["change"]}))
     return rows
 
