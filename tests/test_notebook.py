@@ -7,9 +7,11 @@ import ast
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ NOTEBOOK = nbformat.read(FILE_NAME, as_version=4)
 CODE = [cell.source for cell in NOTEBOOK.cells if cell.cell_type == "code"]
 TEXT = "\n".join(cell.source for cell in NOTEBOOK.cells)
 ROUNDS = (1, 2, 3)
+ROLES = ("proposer", "solver")
 CELL_S = 1500
 
 
@@ -121,18 +124,23 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ran(places: Path) -> Any:
-    """The notebook with its outputs."""
+def environ(places: Path) -> dict[str, str]:
     ports = {name: free_port() for name in ("RETRIEVAL", "SOLVER", "TRAINER")}
     services = {f"DRZERO_{name}__PORT": str(port) for name, port in ports.items()}
     services |= {f"DRZERO_{name}__URL": f"http://127.0.0.1:{ports[name]}" for name in ("RETRIEVAL", "SOLVER")}
     own = {f"DRZERO_STORAGE__{name.upper()}_DIR": str(places / name) for name in ("data", "scratch")}
     kept = {key: value for key, value in os.environ.items() if not key.startswith("DRZERO_")}
-    environ = {**kept, **services, **own, **SMALL, "DRIVE_DIR": str(places / "drive")}
+    return {**kept, **services, **own, **SMALL, "DRIVE_DIR": str(places / "drive")}
+
+
+@pytest.fixture(scope="module")
+def ran(places: Path, environ: dict[str, str]) -> Iterator[Any]:
+    """The notebook with its outputs; all that it has written goes in the end."""
     notebook = nbformat.read(FILE_NAME, as_version=4)
     folder = {"metadata": {"path": str(FILE_NAME.parent)}}
     NotebookClient(notebook, timeout=CELL_S, kernel_name="python3", resources=folder).execute(env=environ)
-    return notebook
+    yield notebook
+    shutil.rmtree(places)
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +237,23 @@ def test_nothing_of_it_is_left_behind(ran: Any, places: Path) -> None:
     assert processes_of(places) == []
 
 
-ROLES = ("proposer", "solver")
+@slow
+@needs_venv
+def test_servers_end_with_the_process_that_started_them(ran: Any, environ: dict[str, str], places: Path) -> None:
+    script = "setpriv --pdeathsig TERM ./run-local.sh serve & wait"
+    with subprocess.Popen(["bash", "-c", script], cwd=ROOT, env=environ, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline().startswith("serving: search at http://127.0.0.1:")
+        assert {"retrieval", "solver"} <= set(re.findall(r"-m services\.(\w+)", "\n".join(processes_of(places))))
+        parent.kill()
+        assert parent.stdout.read() == ""  # its end comes when the last of them has closed it
+    assert processes_of(places) == []
+
+
+def test_run_local_knows_no_other_word() -> None:
+    said = subprocess.run(["./run-local.sh", "stop"], cwd=ROOT, capture_output=True, text=True)
+    assert (said.returncode, said.stdout) == (1, "")
+    assert "expected no argument, or serve; found stop" in said.stderr
 
 
 def pmids(run: Path, number: int, file: str) -> set[str]:
