@@ -57,7 +57,7 @@ def test_every_module_that_it_runs_exists_and_takes_what_it_is_given() -> None:
     for name in modules:
         place = ROOT / name.replace(".", "/")
         assert place.with_suffix(".py").is_file() or (place / "__main__.py").is_file(), name
-    for name, option in re.findall(r"-m ((?:services|shared)[a-z_.]+)[^\n]*?(--[a-z-]+)", TEXT):
+    for name, option in set(re.findall(r"-m ((?:services|shared)[a-z_.]+)[^\n]*?(--[a-z-]+)", TEXT)):
         shown = subprocess.run([sys.executable, "-m", name, "--help"], cwd=ROOT, capture_output=True, text=True)
         assert option in shown.stdout, f"{name} {option}"
 
