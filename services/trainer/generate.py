@@ -21,7 +21,7 @@ import structlog
 from services.trainer.ask import PATIENCE_S, checked_question
 from services.trainer.candidates import deadline, hold, proposer_manner, services
 from services.trainer.conversations import Conversations
-from services.trainer.fitting import fit_in_children, prompt_of
+from services.trainer.fitting import fit_prompts, prompt_of
 from services.trainer.journal import Row
 from services.trainer.paths import run_paths
 from services.trainer.publish import published_round
@@ -35,7 +35,6 @@ from shared.clients import SearchClient, ServiceError, SolverClient
 from shared.command import UsageError, counted, plain, run
 from shared.corpus import Corpus
 from shared.files import write_atomically
-from shared.model_files import resolve_model
 from shared.records import Paper, Seed
 from shared.serving import checked_weights, note_path
 from shared.settings import Settings
@@ -101,8 +100,8 @@ async def require_search(settings: Settings) -> None:
 def seeds_of(papers: Sequence[Paper], hops: int, settings: Settings) -> list[Seed]:
     """The papers as seeds whose prompt fits."""
     seeds = [Seed(index, paper.pmid, hops, paper.contents) for index, paper in enumerate(papers)]
-    model = resolve_model(settings.trainer.actor.model, settings)
-    return [fitted.seed for fitted in fit_in_children(seeds, settings.trainer, model)]
+    fitted = fit_prompts(seeds, trainer=settings.trainer, model=str(run_paths(settings).weights))
+    return [one.seed for one in fitted]
 
 
 # --- questions
