@@ -233,22 +233,29 @@ def licence_in(known: Mapping[str, Any]) -> dict[str, str]:
 
 def read_front_matter(card: Path) -> Mapping[str, Any]:
     """The front matter of a card; empty when there is none that can be read."""
-    import yaml  # type: ignore[import-untyped]
-    from huggingface_hub import metadata_load
-
-    try:
-        return (metadata_load(card) if card.is_file() else None) or {}
-    except (ValueError, yaml.YAMLError):
-        return {}
+    return front_matter_in(card.read_text(encoding="utf-8", errors="replace")) if card.is_file() else {}
 
 
 def hub_front_matter(name: str) -> Mapping[str, Any]:
-    """The front matter of a model's page on the hub, or of the copy of it that is here; empty when out of reach."""
+    """The front matter of a model's page on the hub; empty when it is out of reach."""
     import httpx
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_url
 
-    token = os.environ.get("HF_TOKEN") or False
+    token = os.environ.get("HF_TOKEN", "").strip()
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
-        return read_front_matter(Path(hf_hub_download(name, CARD, etag_timeout=HUB_PATIENCE_S, token=token)))
-    except (httpx.HTTPError, OSError, ValueError):
+        reply = httpx.get(hf_hub_url(name, CARD), headers=headers, timeout=HUB_PATIENCE_S, follow_redirects=True)
+    except (httpx.HTTPError, ValueError):
+        return {}
+    return front_matter_in(reply.text) if reply.is_success else {}
+
+
+def front_matter_in(text: str) -> Mapping[str, Any]:
+    """The front matter of a card's text; empty when there is none that can be read."""
+    import yaml  # type: ignore[import-untyped]
+    from huggingface_hub import RepoCard
+
+    try:
+        return dict(RepoCard(text).data.to_dict()) if text.startswith("---") else {}  # type: ignore[no-untyped-call]
+    except (ValueError, TypeError, yaml.YAMLError):
         return {}
