@@ -65,10 +65,8 @@ class HubHandler(BaseHTTPRequestHandler):
             return
         if self.path.endswith("/commit/main"):
             self.hub.commits.append(self.committed(body))
-            self.reply(
-                200,
-                json.dumps({"commitUrl": f"{self.hub.url}/acme/solver/commit/{COMMIT}", "commitOid": COMMIT}).encode(),
-            )
+            commit = {"commitUrl": f"{self.hub.url}/acme/solver/commit/{COMMIT}", "commitOid": COMMIT}
+            self.reply(200, json.dumps(commit).encode())
             return
         asked = json.loads(body)
         if self.path == "/api/repos/create":

@@ -217,7 +217,7 @@ def test_weights_and_card_are_pushed_in_one_commit_to_a_private_repository_and_t
     with hub_of() as hub:
         status, said = pushed(settings, hub, tmp_path)
     assert status == 0
-    assert [(one["organization"], one["name"], one["private"]) for one in hub.made] == [("acme", "solver", True)]
+    assert hub.made == [{"organization": "acme", "name": "solver", "visibility": "private"}]
     (files,) = hub.commits
     assert files.keys() == {"README.md", "config.json", "model.safetensors"}
     assert files["model.safetensors"] == (weights_at(settings) / "model.safetensors").read_bytes()
