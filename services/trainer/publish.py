@@ -24,7 +24,7 @@ from services.trainer.serving import serve
 from shared.command import UsageError
 from shared.files import MANIFEST, ArtifactError, Manifest, publish, read_manifest, stale_reason
 from shared.model_files import resolve_model
-from shared.settings import Settings
+from shared.settings import Settings, changed
 
 TENSORS = ".safetensors"
 INDEX = "model.safetensors.index.json"  # which tensor is in which file, where there are several
@@ -58,31 +58,36 @@ def publish_checkpoint(
         copy_weights(newest[1], draft.path, dtype=settings.trainer.actor.rollout_dtype)
         change = weight_change(Path(base), draft.path)
         write_json(draft.path / "change.json", change)
-        card = model_card(settings, manifests_behind(settings), base_of(base_reference(settings), settings))
+        behind = {name: read_manifest(folder) for name, folder in folders_behind(settings).items()}
+        card = model_card(settings, behind, base_of(base_reference(behind["training"], settings.trainer.role)))
         (draft.path / CARD).write_text(card, encoding="utf-8")
         draft.rows = 1
     log.info("weights published", path=str(paths.weights), **change)
 
 
-def base_reference(settings: Settings) -> str:
-    """What the settings' role began with, as a setting names it: a solver's run keeps it, a proposer's goes on."""
-    return settings.solver.model if settings.trainer.role == "solver" else settings.trainer.actor.model
+def base_reference(training: Manifest, role: str) -> str:
+    """What a role of the run began with, as its training's manifest names it: a solver's run keeps it."""
+    return str(training.settings["solver" if role == "solver" else "actor"]["model"])
 
 
-def manifests_behind(settings: Settings) -> dict[str, Manifest]:
-    """The manifests of what the weights of the settings' role and round are made from, as far as they are there.
+def folders_behind(settings: Settings) -> dict[str, Path]:
+    """What the weights of the settings' role and round are made from, from the training to the corpus.
 
-    The corpus is only among them while it is the one that the round's papers were drawn from.
+    It ends before the first artifact that is not, or no longer, what the one before was made from.
     """
     paths = run_paths(settings)
-    folders = {"corpus": paths.corpus, "seeds": paths.seeds, "training": paths.training}
+    chain = [("seeds", paths.seeds)]
     if settings.trainer.role == "solver":
-        folders["questions"] = paths.questions
-    found = {name: read_manifest(folder) for name, folder in folders.items() if (folder / MANIFEST).is_file()}
-    drawn = paths.kept.parent / "proposer" / "seeds"
-    if (drawn / MANIFEST).is_file() and "corpus" in found:
-        origin = read_manifest(drawn).made_from.get("corpus")
-        found = {name: one for name, one in found.items() if name != "corpus" or one.identity == origin}
+        papers = run_paths(changed(settings, {"trainer.role": "proposer"})).seeds
+        chain += [("questions", paths.questions), ("papers", papers)]
+    found, last = {"training": paths.training}, read_manifest(paths.training)
+    for name, folder in [*chain, ("corpus", paths.corpus)]:
+        if not (folder / MANIFEST).is_file():
+            break
+        manifest = read_manifest(folder)
+        if last.made_from.get(folder.name) != manifest.identity:
+            break
+        found[name], last = folder, manifest
     return found
 
 
