@@ -61,7 +61,8 @@ def evaluation() -> dict[str, Any]:
 
     def graded(right: int) -> list[Graded]:
         items = [Item("kept_out", str(key), "Which?", ("zinc",)) for key in range(4)]
-        return [Graded(item, "zinc", key < right, found=False, searches=1, row={}) for key, item in enumerate(items)]
+        told = {"found": False, "overdue": False, "searches": 1, "row": {}}
+        return [Graded(item, "zinc", key < right, **told) for key, item in enumerate(items)]
 
     before, after = graded(1), graded(2)
     return {"sets": {"kept_out": {"base": marks(before), "round": marks(after), "change": compare(before, after)}}}
