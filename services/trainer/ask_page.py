@@ -19,6 +19,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from services.trainer.ask import NOTICE, OUTCOMES, Answer, answer_question, checked_question, served_tokens
 from services.trainer.conversations import TokenMeasure
+from shared.access import Access, api_token
 from shared.clients import ServiceError
 from shared.command import UsageError
 from shared.hang_up import unless_gone
@@ -53,6 +54,7 @@ def serve_page(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
 def create_app(settings: Settings, tokens: TokenMeasure) -> FastAPI:
     """GET / and its style sheet."""
     app = FastAPI(title="Dr. Zero answers", openapi_url=None)
+    app.add_middleware(Access, token=api_token())
     places = asyncio.Semaphore(AT_ONCE)
 
     @app.get("/")
