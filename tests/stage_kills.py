@@ -155,12 +155,16 @@ def main(given: argparse.Namespace) -> int:
 
 
 def world_at(folder: Path, *, small: bool) -> World:
-    """The run in `folder`, with ports of its own."""
-    ports = {name: str(free_port()) for name in ("RETRIEVAL", "SOLVER", "TRAINER")}
+    """The run in `folder`, with ports of its own where the environment names none: they stand in the report."""
+    file = folder / "ports.json"
+    if not file.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({name: str(free_port()) for name in ("RETRIEVAL", "SOLVER", "TRAINER")}))
+    ports = json.loads(file.read_text())
     own = {f"DRZERO_{name}__PORT": port for name, port in ports.items()}
     own |= {f"DRZERO_{name}__URL": f"http://127.0.0.1:{ports[name]}" for name in ("RETRIEVAL", "SOLVER")}
-    own |= {f"DRZERO_STORAGE__{name.upper()}_DIR": str(folder / name) for name in ("data", "scratch")}
-    environ = {**os.environ, **(SMALL if small else {}), **own, "DRZERO_LOG__FORMAT": "json"}
+    places = {f"DRZERO_STORAGE__{name.upper()}_DIR": str(folder / name) for name in ("data", "scratch")}
+    environ = {**own, **os.environ, **(SMALL if small else {}), **places}
     return World(folder, environ, build_settings(environ))
 
 
@@ -190,7 +194,8 @@ def supervised(world: World) -> Iterator[None]:
     logs.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="kills.") as control:
         own = {"CONTROL_DIR": control, "LOG_DIR": str(logs), "PYTHON": sys.executable, MARK: "services"}
-        command = [sys.executable, "-m", "supervisor.supervisord", "-c", "supervisord.conf"]
+        command = ["setpriv", "--pdeathsig", "TERM", sys.executable, "-m", "supervisor.supervisord", "-c",
+                   "supervisord.conf"]  # fmt: skip
         process = subprocess.Popen(command, cwd=ROOT, env={**world.environ, **own})
         try:
             yield
@@ -548,4 +553,5 @@ def parsed() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` must put the reference back too
     raise SystemExit(main(parsed()))
