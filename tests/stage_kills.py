@@ -26,7 +26,7 @@ import time
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
@@ -396,17 +396,15 @@ def resume(world: World, outcome: Outcome) -> float:
 def kill_all(mark: str, module: str = "") -> None:
     """SIGKILL to all processes of a mark (that run a module), until there are none."""
     first = ours(mark, module)
-    for pid in first:
-        send_kill(pid)
-    until(lambda: not [send_kill(pid) for pid in ours(mark, module) if not module or pid in first], END_S)
 
+    def gone() -> bool:
+        left = [pid for pid in ours(mark, module) if not module or pid in first]  # a service is started again
+        for pid in left:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return not left
 
-def send_kill(pid: int) -> None:
-    """SIGKILL to a process that may have ended."""
-    try:
-        os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
+    until(gone, END_S)
 
 
 def ours(mark: str, module: str = "") -> list[int]:

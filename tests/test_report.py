@@ -33,6 +33,7 @@ from services.trainer.report import (
     exam_rows,
     mismatch_rows,
     plot,
+    stage_rows,
     time_rows,
     write_report,
 )
@@ -313,3 +314,9 @@ def test_a_report_made_again_has_the_same_bytes_and_its_plots_share_no_id() -> N
     hashed = [set(re.findall(r'id="([mp][0-9a-f]{10})"', text)) for text in (first, other)]
     assert all(hashed)
     assert hashed[0].isdisjoint(hashed[1])
+
+
+def test_a_report_shows_what_every_other_stage_has_cost(tmp_path: Path) -> None:
+    state: dict[str, dict[str, Any]] = {label: {"seconds": 1.0} for label in ("1.report", "2.seeds", "2.report")}
+    settings = settings_at(tmp_path, trainer__round=2)
+    assert [label for label, _ in stage_rows(settings, state)] == ["1.report", "2.seeds"]

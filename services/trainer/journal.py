@@ -24,7 +24,7 @@ def open_journal(folder: Path, key: str) -> Path:
     state = folder / "state.json"
     if not state.is_file() or json.loads(state.read_text(encoding="utf-8"))["key"] != key:
         shutil.rmtree(folder, ignore_errors=True)
-        write_atomically(state, json.dumps({"key": key}))
+        write_atomically(state, json.dumps({"key": key}), alone=True)
     return folder
 
 

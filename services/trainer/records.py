@@ -101,12 +101,12 @@ def compact(log: Path, *, through: int, validation_stands: Callable[[list[Verdic
     kept += [v for step, rows in validations if step <= through and validation_stands(rows) for v in rows]
     (log / DEFECTS).unlink(missing_ok=True)
     lines = "".join(json.dumps(verdict, ensure_ascii=False) + "\n" for verdict in kept)
-    write_atomically(log / KEPT, lines)
+    write_atomically(log / KEPT, lines, alone=True)
     put_in_place(log)
     for path in log.glob("metrics-*.jsonl"):
         written = path.stat().st_mtime  # when that attempt ended, see seconds_trained
         kept_lines = (json.dumps(line) + "\n" for line in read_lines(path) if line["step"] <= through)
-        write_atomically(path, "".join(kept_lines))
+        write_atomically(path, "".join(kept_lines), alone=True)
         os.utime(path, (written, written))
 
 

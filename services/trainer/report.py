@@ -8,7 +8,7 @@ engine and trained model differed. No script, no outside resource; all text of m
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,12 +122,17 @@ def render(settings: Settings, paths: RunPaths) -> str:
         compared=compared(paths),
         loss_plot=plot(*learning_curves(metrics), "step", ""),
         samples=[sample(v, corpus) for v in best(rollouts)],
-        stages=[(label, stage) for label, stage in read_state(paths.run).items()],
+        stages=stage_rows(settings, read_state(paths.run)),
         times=time_rows(timed),
         mismatches=mismatch_rows(timed),
         step_numbers=[m["step"] for m in timed],
         settings=settings.model_dump(mode="json"),
     )
+
+
+def stage_rows(settings: Settings, state: Mapping[str, dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    """The stages with what they have cost, but not this one: what it costs is not known before its end."""
+    return [(label, stage) for label, stage in state.items() if label != f"{settings.trainer.round}.report"]
 
 
 def family(numbers: dict[str, float], prefix: str) -> list[tuple[str, float]]:

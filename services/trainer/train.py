@@ -104,7 +104,7 @@ def begin_or_resume(paths: RunPaths, key: str, log: structlog.stdlib.BoundLogger
         log.info("an interrupted training is resumed", folder=str(paths.work))
     else:
         shutil.rmtree(paths.work, ignore_errors=True)
-        write_atomically(state, json.dumps({"key": key}))
+        write_atomically(state, json.dumps({"key": key}), alone=True)
     paths.log.mkdir(parents=True, exist_ok=True)
     paths.outage.unlink(missing_ok=True)
 
