@@ -32,6 +32,8 @@ from services.trainer.report import (
     compared,
     exam_rows,
     mismatch_rows,
+    plot,
+    stage_rows,
     time_rows,
     write_report,
 )
@@ -359,3 +361,18 @@ def test_the_page_names_its_run_its_round_and_where_its_models_began(page: str) 
     assert re.search(r"solver \S+/1/solver/weights", text)
     assert "1 of 2 weight tensors changed, 50.00 % of their values (relative change 1.00e-03)" in text
     assert "Rejected: known 2." in text
+
+
+def test_a_report_made_again_has_the_same_bytes_and_its_plots_share_no_id() -> None:
+    lines = {"gradient norm": [1.0, 2.0], "entropy": [0.5, 0.4]}
+    first, other = plot([1, 2], lines, "step", ""), plot([1, 2], {"reward": [1.0, 2.0]}, "step", "")
+    assert plot([1, 2], lines, "step", "") == first
+    hashed = [set(re.findall(r'id="([mp][0-9a-f]{10})"', text)) for text in (first, other)]
+    assert all(hashed)
+    assert hashed[0].isdisjoint(hashed[1])
+
+
+def test_a_report_shows_what_every_other_stage_has_cost(tmp_path: Path) -> None:
+    state: dict[str, dict[str, Any]] = {label: {"seconds": 1.0} for label in ("1.report", "2.seeds", "2.report")}
+    settings = settings_at(tmp_path, trainer__round=2)
+    assert [label for label, _ in stage_rows(settings, state)] == ["1.report", "2.seeds"]

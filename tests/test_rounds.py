@@ -25,6 +25,15 @@ from shared.files import ArtifactError, publish, read_manifest
 from shared.settings import Settings, as_environment, build_settings, changed, profiles
 
 ROOT = Path(__file__).parents[1]
+TIMED_WITHOUT_END = """
+import signal, sys
+from pathlib import Path
+from services.trainer import run_state
+from shared.settings import Settings
+run_state.BEAT_S = 0.05
+with run_state.RunState(Path(sys.argv[1]), Settings()).timing("1.train", Path(sys.argv[1]) / "artifact"):
+    signal.pause()
+"""
 
 
 def settings_at(place: Path, **more: str) -> Settings:
@@ -421,6 +430,26 @@ def test_interrupted_parts_add_up_and_what_is_reused_costs_nothing_again(tmp_pat
     with RunState(tmp_path, settings).timing("1.seeds", artifact):
         pass
     assert read_state(tmp_path)["1.seeds"] == finished
+
+
+def test_of_a_driver_that_is_killed_only_the_last_seconds_are_lost(tmp_path: Path) -> None:
+    artifact = tmp_path / "artifact"
+    driver = subprocess.Popen([sys.executable, "-c", TIMED_WITHOUT_END, str(tmp_path)], cwd=ROOT)
+    try:
+        noted = 0.0
+        while noted < 0.3:
+            assert driver.poll() is None
+            noted = read_state(tmp_path).get("1.train", {"unfinished": {"seconds": 0.0}})["unfinished"]["seconds"]
+    finally:
+        driver.kill()
+        driver.wait()
+    assert read_state(tmp_path)["1.train"]["finished"] is None
+    state = RunState(tmp_path, settings_at(tmp_path))
+    with state.timing("1.train", artifact), publish(artifact, settings={}, made_from={}):
+        pass
+    assert noted - 0.1 <= read_state(tmp_path)["1.train"]["seconds"] < 60
+    assert read_state(tmp_path)["1.train"]["unfinished"] is None
+    assert not list(tmp_path.glob(".state.json.*"))
 
 
 def test_what_is_made_again_is_counted_anew(tmp_path: Path) -> None:

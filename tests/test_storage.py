@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -162,7 +163,7 @@ def checkpoint(paths: RunPaths, step: int, *, complete: bool = True) -> Path:
     (actor / "model_world_size_1_rank_0.pt").write_bytes(b"x" * MB)
     (actor / "huggingface" / "model.safetensors").write_bytes(b"x" * MB)
     if complete:
-        (actor.parent / "data.pt").write_bytes(b"x")
+        zipfile.ZipFile(actor.parent / "data.pt", "w").close()
     return actor.parent
 
 

@@ -10,7 +10,7 @@ import inspect
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +129,7 @@ def render(settings: Settings, paths: RunPaths) -> str:
         compared=compared(paths),
         loss_plot=plot(*learning_curves(metrics), "step", ""),
         samples=[sample(v, corpus) for v in best(rollouts)],
-        stages=[(label, stage) for label, stage in read_state(paths.run).items()],
+        stages=stage_rows(settings, read_state(paths.run)),
         times=time_rows(timed),
         mismatches=mismatch_rows(timed),
         step_numbers=[m["step"] for m in timed],
@@ -155,6 +155,11 @@ def fill(template: Path, **values: Any) -> str:
 
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     return environment.from_string(template.read_text(encoding="utf-8")).render(**values)
+
+
+def stage_rows(settings: Settings, state: Mapping[str, dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    """The stages with what they have cost, but not this one: what it costs is not known before its end."""
+    return [(label, stage) for label, stage in state.items() if label != f"{settings.trainer.round}.report"]
 
 
 def family(numbers: dict[str, float], prefix: str) -> list[tuple[str, float]]:
@@ -259,6 +264,7 @@ def plot(x: Sequence[int], lines: dict[str, list[float]], x_label: str, y_label:
     """An SVG of some lines; "" when there is nothing to draw."""
     if not x or not lines:
         return ""
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -272,5 +278,6 @@ def plot(x: Sequence[int], lines: dict[str, list[float]], x_label: str, y_label:
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None})
+    with rc_context({"svg.hashsalt": " ".join(lines)}):  # the same numbers, the same bytes; no id twice in a page
+        figure.savefig(text, format="svg", metadata={"Date": None})
     return text.getvalue()[text.getvalue().index("<svg") :]

@@ -39,6 +39,7 @@ from services.trainer.records import (
     seconds_trained,
     valid_only,
 )
+from services.trainer.verl_main import PARENT
 from services.trainer.watch import Problem, Watch
 from shared.command import UsageError
 from shared.files import hash_json, publish, read_manifest, require_free_space, stale_reason, write_atomically
@@ -103,7 +104,7 @@ def begin_or_resume(paths: RunPaths, key: str, log: structlog.stdlib.BoundLogger
         log.info("an interrupted training is resumed", folder=str(paths.work))
     else:
         shutil.rmtree(paths.work, ignore_errors=True)
-        write_atomically(state, json.dumps({"key": key}))
+        write_atomically(state, json.dumps({"key": key}), alone=True)
     paths.log.mkdir(parents=True, exist_ok=True)
     paths.outage.unlink(missing_ok=True)
 
@@ -218,7 +219,7 @@ def cluster_variables(settings: Settings) -> dict[str, str]:
 @contextmanager
 def child(overrides: list[str], variables: Mapping[str, str], paths: RunPaths) -> Iterator[subprocess.Popen[bytes]]:
     """verl in a process group of its own; the group is ended when the block ends."""
-    environment = os.environ | variables
+    environment = os.environ | variables | {PARENT: str(os.getpid())}
     command = [sys.executable, "-m", "services.trainer.verl_main", *overrides]
     with (paths.log / "verl.log").open("ab") as output:
         process = subprocess.Popen(
