@@ -1,12 +1,14 @@
 """The direct evaluation: its parts read what the harness reads, and on real questions both say the same."""
 
 import asyncio
+import copy
 import gzip
 import importlib.util
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import cast
 
 import pytest
 import structlog
@@ -15,6 +17,8 @@ from corpora import publish_corpus
 from direct_evaluation import (
     CHOICES,
     Model,
+    Row,
+    answer_directly,
     choice_in,
     compared,
     conversation,
@@ -23,16 +27,19 @@ from direct_evaluation import (
     summary,
 )
 from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from retrieval_world import needs_minilm, serving, settings_for
+from round_world import settings_at, world_of
 from tiny_model import chat_tokenizer, tiny_model
+from transformers import PreTrainedTokenizerFast
 
 from services.retrieval import app as retrieval
 from services.retrieval.build import build
 from services.solver import server as solver
 from services.trainer.conversations import queries_of
 from services.trainer.evaluation_sets import Item
-from services.trainer.exam import asked, chosen
+from services.trainer.exam import asked, chosen, take_exam
 from services.trainer.protocol import solver_messages
 from shared.clients import SearchClient
 from shared.model_files import resolve_model
@@ -111,6 +118,62 @@ def test_the_summary_counts_answers_marks_and_texts_that_differ() -> None:
     assert first == "questions 2; right: harness 2, direct 1"
     assert second == "answers that differ: 1; marks that differ: 1; texts that differ: 1"
     assert third == "2: turn 2, token 7, margin 0.0002; harness yes, direct no, gold yes"
+
+
+# --- a scripted model, whose conversations are longer than those of the demo's
+
+
+class Scripted:
+    """Says what a function of the messages tells, and keeps them; cuts texts as the words' tokenizer does."""
+
+    def __init__(self, says: Callable[[list[Row]], str], folder: str) -> None:
+        self.tokenizer = PreTrainedTokenizerFast(tokenizer_file=f"{folder}/tokenizer.json", unk_token="?")
+        self.heard: list[list[Row]] = []
+        self._says = says
+
+    def reply(self, messages: list[Row], most: int) -> Row:
+        """One turn, as Model's."""
+        self.heard.append(copy.deepcopy(messages))
+        return {"text": self._says(messages), "ids": [0], "logits": []}
+
+    cut = Model.cut
+
+
+def call_for(*queries: str) -> str:
+    return f"<tool_call>{json.dumps({'name': 'search', 'arguments': {'query_list': list(queries)}})}</tool_call>"
+
+
+TURNS = st.lists(
+    st.sampled_from(
+        [call_for("zinc"), call_for("zinc", " lead "), call_for("a") + call_for("b", "c"), call_for(" "), "Nothing.",
+         "<answer></answer>" + call_for("zinc"), "<answer>Yes.</answer>", "<answer>no</answer>", "<tool_call>{"]
+    ),
+    min_size=4, max_size=4,
+)  # fmt: skip
+
+
+@hypothesis_settings(deadline=None, max_examples=25)
+@given(TURNS, st.integers(1, 4), st.integers(0, 30))
+def test_both_sides_hold_the_same_conversation(
+    tmp_path_factory: pytest.TempPathFactory, turns: list[str], most: int, tool_tokens: int
+) -> None:
+    def says(messages: list[Row]) -> str:
+        return turns[sum(message["role"] == "tool" for message in messages)]
+
+    folder = tmp_path_factory.mktemp("scripted")
+    settings = settings_at(
+        folder, trainer__reward__max_turns=most, trainer__reward__max_tool_tokens=max(1, tool_tokens),
+        trainer__reward__worked_examples=2,
+    )  # fmt: skip
+    item = Item("qa", "1", "Does zinc help?", ("yes",), CHOICES, ("7",))
+    with world_of(lambda body: says(body["messages"][6:])) as world:
+        settings = changed(settings, {"solver.url": world.url, "retrieval.url": world.url})
+        [one] = asyncio.run(take_exam(settings, [item], folder / "answers.jsonl"))
+        model = Scripted(lambda messages: says(messages[6:]), settings.solver.model)
+        direct = answer_directly(item.question, cast("Model", model), settings)
+    assert model.heard == [body["messages"] for body in world.bodies]
+    assert [turn["text"] for turn in direct["turns"]] == one.row["turns"]
+    assert direct["answer"] == one.answer
 
 
 # --- real questions

@@ -86,6 +86,8 @@ def test_prompts_are_asked_as_questions_without_a_right_answer_or_a_paper() -> N
         ("Please talk to a pharmacist or your GP.", ["refers"]),
         ("Go to the nearest hospital.", ["refers"]),
         ("Contact the poison centre", ["refers"]),
+        ("You should take her to a doctor.", ["refers"]),
+        ("Take aspirin. Call a doctor.", ["refers", "instructs"]),
         ("Doctors call it gout.", ["answers"]),
         ("Hospital", ["answers"]),
         ("PMID 911", ["answers"]),

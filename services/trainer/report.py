@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
@@ -26,6 +26,9 @@ from services.trainer.step_metrics import mismatch, step_metrics, step_times
 from shared.corpus import Corpus
 from shared.files import hash_file, hash_json, publish, read_manifest, stale_reason
 from shared.settings import Settings
+
+if TYPE_CHECKING:
+    import jinja2
 
 TEMPLATE = Path(__file__).parent / "report.html.j2"
 SAFETY_TEMPLATE = Path(__file__).parent / "safety.html.j2"
@@ -102,8 +105,7 @@ def render(settings: Settings, paths: RunPaths) -> str:
     steps, solved_steps = by_step(rollouts), by_step(list(read_lines(solver.training / "rollouts.jsonl")))
     evaluations = read_evaluations(settings)
     corpus = Corpus(paths.corpus)
-    return fill(
-        TEMPLATE,
+    return template_of(TEMPLATE).render(
         run=settings.trainer.run,
         round=settings.trainer.round,
         profile=settings.profile,
@@ -143,18 +145,22 @@ def render_safety(settings: Settings) -> str:
     if found is None:
         return ""
     groups = dict.fromkeys(row["group"] for row in found["prompts"])
-    return fill(
-        SAFETY_TEMPLATE, run=settings.trainer.run, round=settings.trainer.round, safety=found, groups=list(groups),
-        labels=LABELS, rules=inspect.cleandoc(safety.__doc__ or "").split("\n\n", 1)[1],
-    )  # fmt: skip
+    return template_of(SAFETY_TEMPLATE).render(
+        run=settings.trainer.run,
+        round=settings.trainer.round,
+        safety=found,
+        groups=list(groups),
+        labels=LABELS,
+        rules=inspect.cleandoc(safety.__doc__ or "").split("\n\n", 1)[1],  # they stand there and nowhere else
+    )
 
 
-def fill(template: Path, **values: Any) -> str:
-    """A page from a template, all values escaped."""
+def template_of(file: Path) -> "jinja2.Template":
+    """A template that escapes all values and knows them all."""
     import jinja2
 
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    return environment.from_string(template.read_text(encoding="utf-8")).render(**values)
+    return environment.from_string(file.read_text(encoding="utf-8"))
 
 
 def stage_rows(settings: Settings, state: Mapping[str, dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
