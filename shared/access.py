@@ -6,7 +6,7 @@ a loopback address only. With one, every request needs it but the GETs of `OPEN`
 `Authorization: Bearer <token>`, or as the password of HTTP Basic, for which a browser asks by itself. Comparing takes
 the same time whatever is wrong.
 
-A browser's request that another site has made and that changes something is refused with and without a token.
+A browser's request that another site has made is refused with and without a token, unless a person followed a link.
 """
 
 import base64
@@ -78,7 +78,7 @@ class Access:
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        if scope["method"] not in HARMLESS and headers.get(b"sec-fetch-site", b"none") not in OURS:
+        if headers.get(b"sec-fetch-site", b"none") not in OURS and not follows_link(scope["method"], headers):
             await refuse(scope, send, 403, "a page of another site may not ask for this")
         elif self._open(scope) or self._known(headers.get(b"authorization", b"")):
             await self._app(scope, receive, send)
@@ -92,6 +92,11 @@ class Access:
 
     def _known(self, given: bytes) -> bool:
         return self._token is not None and hmac.compare_digest(presented(given), self._token.encode())
+
+
+def follows_link(method: str, headers: Mapping[bytes, bytes]) -> bool:
+    """Whether a person has followed a link to us."""
+    return method in HARMLESS and headers.get(b"sec-fetch-mode") == b"navigate"
 
 
 def presented(authorization: bytes) -> bytes:

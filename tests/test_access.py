@@ -96,7 +96,9 @@ def test_a_page_of_another_site_changes_nothing_with_or_without_a_token(
         for site, allowed in (("cross-site", False), ("same-site", False), ("same-origin", True), ("none", True)):
             reply = httpx.post(f"{url}/search", json=QUERY, headers=BEARER | {"Sec-Fetch-Site": site})
             assert (reply.status_code != 403) == allowed
-        assert httpx.get(url, headers=BEARER | {"Sec-Fetch-Site": "cross-site"}).status_code == 200  # a link to us
+        elsewhere = BEARER | {"Sec-Fetch-Site": "cross-site"}
+        assert httpx.get(url, headers=elsewhere | {"Sec-Fetch-Mode": "no-cors"}).status_code == 403  # as an image
+        assert httpx.get(url, headers=elsewhere | {"Sec-Fetch-Mode": "navigate"}).status_code == 200  # a link to us
 
 
 def test_without_a_token_everybody_is_let_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -161,10 +161,11 @@ def page_routes(page: RunPage) -> APIRouter:
 
     @router.get("/report")
     def newest_report() -> Response:
-        found = reports(page.run)
-        if not found:
-            return JSONResponse({"detail": "no report yet: it is written when a round ends"}, status_code=404)
-        return report_of(page, found[-1], "report.html")
+        return newest_page(page, "report.html")
+
+    @router.get("/safety.html")  # as the report links to it
+    def newest_safety() -> Response:
+        return newest_page(page, "safety.html")
 
     @router.get("/report/{number}/{name}")
     def report(number: int, name: str) -> Response:
@@ -268,6 +269,14 @@ def one_rollout(page: RunPage, number: int, *, fragment: bool) -> Response:
     name = "turns.html" if fragment else "rollout.html"
     html = template(name).render(card=card(found, page.corpus, titles=True), run=page.run.name)
     return HTMLResponse(html, headers=HEADERS)
+
+
+def newest_page(page: RunPage, name: str) -> Response:
+    """A page of the report of the last round that has one."""
+    found = reports(page.run)
+    if not found:
+        return JSONResponse({"detail": "no report yet: it is written when a round ends"}, status_code=404)
+    return report_of(page, found[-1], name)
 
 
 def report_of(page: RunPage, number: int, name: str) -> Response:

@@ -118,14 +118,15 @@ def standing(settings: Settings, run: Path, index: RunIndex) -> Standing:
         waiting=str(driver.get("waiting") or waiting) if driven else waiting,
         training=key,
         stages=tuple(
-            (
-                label,
-                clock(datetime.fromisoformat(done["finished"]).timestamp()) if done["finished"] else "",
-                duration(done["seconds"]),
-            )
+            (label, finish_of(done), duration(done["seconds"]) if done["finished"] else "")
             for label, done in read_state(run).items()
         ),
     )
+
+
+def finish_of(stage: Mapping[str, Any]) -> str:
+    """When a stage of state.json has finished; "" when it has not."""
+    return clock(datetime.fromisoformat(stage["finished"]).timestamp()) if stage["finished"] else ""
 
 
 def in_words(driver: Mapping[str, Any], driven: bool, stage: str) -> str:
