@@ -33,7 +33,8 @@ def evaluated(settings: Settings) -> None:
     """An evaluation and a report of round 1."""
     side = {"questions": 9, "accuracy": 0.5, "interval_95": [0.25, 0.75], "paper_found": 0.4}
     change = {"gained": 3, "lost": 1, "p": 0.6}
-    sets = {"kept_out": {"base": side, "round": side | {"accuracy": 0.7}, "change": change}}
+    kept_out = {"asked": "x", "base": side, "round": side | {"accuracy": 0.7}, "change": change}
+    sets = {"kept_out": kept_out, "of an older version": {"base": side}}
     run = training_paths(settings).run
     publish_files(run / "1" / "evaluation", {"evaluation.json": json.dumps({"round": 1, "sets": sets})})
     publish_files(run / "1" / "report", {"report.html": "<p>A report</p>", "more.html": "more"})
@@ -284,7 +285,7 @@ def test_nothing_planted_by_a_model_a_paper_or_a_reader_becomes_markup(tmp_path:
     write_step(training_paths(settings), 1, [row, row | {"valid": 0.0}])
     training_paths(settings).waiting.write_text(json.dumps({"text": PLANTED}))
     publish_files(training_paths(settings).run / "1" / "evaluation", {"evaluation.json": json.dumps(
-        {"round": 1, "sets": {PLANTED: {"base": {"questions": 1, "accuracy": 0.0, "interval_95": [0, 1],
+        {"round": 1, "sets": {PLANTED: {"asked": "x", "base": {"questions": 1, "accuracy": 0.0, "interval_95": [0, 1],
          "paper_found": None}, "round": {"questions": 1, "accuracy": 0.0, "interval_95": [0, 1],
          "paper_found": None}, "change": None}}})})  # fmt: skip
     with driven(settings, stage="1.train"), page_of(settings) as client:

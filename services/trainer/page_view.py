@@ -8,6 +8,7 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -279,7 +280,11 @@ def evaluations(run: Path) -> dict[str, list[tuple[str, dict[str, Any]]]]:
     """The rows of each evaluation set: label and marks of the base and of every round, as in the report."""
     files = sorted(run.glob("[0-9]*/evaluation/evaluation.json"), key=lambda file: int(file.parts[-3]))
     read = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-    return {name: exam_rows(name, read) for one in read for name in one["sets"]}
+    found: dict[str, list[tuple[str, dict[str, Any]]]] = {}
+    for name in dict.fromkeys(name for one in read for name in one["sets"]):
+        with suppress(KeyError):  # an evaluation that another version of this has made; its report still says it
+            found[name] = exam_rows(name, read)
+    return found
 
 
 def reports(run: Path) -> list[int]:
