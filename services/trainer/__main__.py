@@ -27,6 +27,7 @@ from services.trainer.seeds import make_seeds
 from services.trainer.solver_seeds import make_solver_seeds
 from services.trainer.train import train
 from shared.command import UsageError, run
+from shared.files import sweep
 from shared.gpu import self_test
 from shared.settings import Settings
 
@@ -81,7 +82,9 @@ def run_stage(number: int, name: str, settings: Settings, state: RunState, log: 
     structlog.contextvars.bind_contextvars(stage=label)
     own = proposer_settings(settings, number) if stage.role == "proposer" else solver_settings(settings, number)
     paths = run_paths(own)
-    with state.timing(label, stage.artifact(paths)):
+    artifact = stage.artifact(paths)
+    sweep(artifact)  # a driver that was killed just after it published has left the version before
+    with state.timing(label, artifact):
         stage.work(own, paths, log)
 
 
