@@ -28,6 +28,7 @@ from services.trainer.solver_seeds import make_solver_seeds
 from services.trainer.storage import LOCK, require_budget, warn_of_budget
 from services.trainer.train import train
 from shared.command import UsageError, run
+from shared.files import sweep
 from shared.gpu import self_test
 from shared.settings import Settings
 
@@ -83,8 +84,10 @@ def run_stage(number: int, name: str, settings: Settings, state: RunState, log: 
     structlog.contextvars.bind_contextvars(stage=label)
     own = proposer_settings(settings, number) if stage.role == "proposer" else solver_settings(settings, number)
     paths = run_paths(own)
+    artifact = stage.artifact(paths)
+    sweep(artifact)  # a driver that was killed just after it published has left the version before
     require_budget(own)
-    with state.timing(label, stage.artifact(paths)):
+    with state.timing(label, artifact):
         stage.work(own, paths, log)
 
 
