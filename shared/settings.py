@@ -53,6 +53,7 @@ class StorageSettings(Section):
     data_dir: Path = Field(Path("data"), description="Kept files: corpus, index, runs, final weights.")
     scratch_dir: Path = Field(Path("scratch"), description="Checkpoints and caches; safe to delete.")
     min_free_gb: float = Field(2.0, ge=0, description="A stage refuses to start with less free disk than this, in GB.")
+    budget_gb: float = Field(15.0, ge=0, description="Most that the kept files may take, in GB; 0: no limit.")
 
 
 class LogSettings(Section):

@@ -33,7 +33,7 @@ SHAPING: dict[str, Any] = dict.fromkeys(
 ) | {"encoder": {"query_dtype"}}
 
 LOOKUPS = Counter(
-    "drzero_retrieval_cache_lookups", "Queries looked up in Redis, by outcome.", ["outcome"], registry=REGISTRY
+    "drzero_retrieval_cache_lookups_total", "Queries looked up in Redis, by outcome.", ["outcome"], registry=REGISTRY
 )
 UP = Gauge(
     "drzero_retrieval_cache_up", "Whether results are kept in Redis: 1, or 0 while it is away.", registry=REGISTRY

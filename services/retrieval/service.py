@@ -26,10 +26,13 @@ from shared.records import Hit, Paper
 from shared.settings import Settings
 
 RELOADS = Counter(
-    "drzero_retrieval_reloads", "Published indexes taken up while serving, by outcome.", ["outcome"], registry=REGISTRY
+    "drzero_retrieval_reloads_total",
+    "Published indexes taken up while serving, by outcome.",
+    ["outcome"],
+    registry=REGISTRY,
 )
 VERSION = Gauge(
-    "drzero_retrieval_index", "The version of the index in use, as a label.", ["version"], registry=REGISTRY
+    "drzero_retrieval_index_info", "The version of the index in use, as a label.", ["version"], registry=REGISTRY
 )
 
 

@@ -31,7 +31,8 @@ REQUESTS = Counter("drzero_solver_requests_total", "Answered requests.", ["route
 LATENCY = Histogram(
     "drzero_solver_request_seconds", "Time to the reply.", ["route"], buckets=SECONDS, registry=REGISTRY
 )
-RUNNING = Gauge("drzero_solver_running_requests", "Requests running or waiting.", registry=REGISTRY)
+PENDING = Gauge("drzero_solver_pending_requests", "Requests running or waiting.", registry=REGISTRY)
+LIMIT = Gauge("drzero_solver_pending_limit_requests", "Most requests running and waiting.", registry=REGISTRY)
 TOKENS = Counter("drzero_solver_tokens_total", "Tokens by kind.", ["kind"], registry=REGISTRY)
 WEIGHTS = Counter("drzero_solver_weight_updates_total", "Changes of the weights.", ["outcome"], registry=REGISTRY)
 RETRY_AFTER_S = 1
@@ -181,6 +182,7 @@ async def hang_up(request: Request) -> None:
 def create_app(solver: SolverSettings, folder: str) -> FastAPI:
     """The FastAPI application; the model is loaded when the application starts."""
     served: list[Served] = []
+    LIMIT.set(solver.max_waiting)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -257,7 +259,7 @@ def create_app(solver: SolverSettings, folder: str) -> FastAPI:
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        RUNNING.set(served[0].engine.running)
+        PENDING.set(served[0].engine.running)
         body, kind = metrics_text()
         return Response(body, media_type=kind)
 
