@@ -11,7 +11,13 @@ A FastAPI service mounts `metrics_text()`; nothing else is exported, so the numb
 a service has declared with `registry=REGISTRY`, and those of its process.
 """
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, disable_created_metrics, generate_latest
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    disable_created_metrics,
+    generate_latest,
+)
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
@@ -23,6 +29,12 @@ PlatformCollector(registry=REGISTRY)
 
 # Latency buckets in seconds, from a cached search to a long generation.
 SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
+
+
+def from_zero(counter: Counter, *values: str) -> None:
+    """Show a counter with one label at 0 for these values: Prometheus sees no rise in a series that begins at 1."""
+    for value in values:
+        counter.labels(value)
 
 
 def metrics_text() -> tuple[bytes, str]:

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 from prometheus_client import Counter, Gauge, Histogram
 
 from services.retrieval.query import Query
-from shared.metrics import REGISTRY, SECONDS
+from shared.metrics import REGISTRY, SECONDS, from_zero
 from shared.records import Hit
 
 BATCH_QUERIES = 256  # a longer batch makes everybody wait longer and is hardly faster per query
@@ -50,6 +50,7 @@ WAIT_SECONDS = Histogram(
 REJECTIONS = Counter(
     "drzero_retrieval_rejections_total", "Requests not answered, by reason.", ["reason"], registry=REGISTRY
 )
+from_zero(REJECTIONS, "queue full", "deadline", "too large", "not ready")
 
 
 class Busy(RuntimeError):

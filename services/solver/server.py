@@ -24,7 +24,7 @@ from pydantic import BaseModel
 
 from shared.generation import GenerationEngine, GenerationError, load_engine, load_folder
 from shared.hardware import cpu_dtype
-from shared.metrics import REGISTRY, SECONDS, metrics_text
+from shared.metrics import REGISTRY, SECONDS, from_zero, metrics_text
 from shared.settings import SolverSettings
 
 REQUESTS = Counter("drzero_solver_requests_total", "Answered requests.", ["route", "status"], registry=REGISTRY)
@@ -35,6 +35,8 @@ PENDING = Gauge("drzero_solver_pending_requests", "Requests running or waiting."
 LIMIT = Gauge("drzero_solver_pending_limit_requests", "Most requests running and waiting.", registry=REGISTRY)
 TOKENS = Counter("drzero_solver_tokens_total", "Tokens by kind.", ["kind"], registry=REGISTRY)
 WEIGHTS = Counter("drzero_solver_weight_updates_total", "Changes of the weights.", ["outcome"], registry=REGISTRY)
+from_zero(TOKENS, "prompt", "new")
+from_zero(WEIGHTS, "done", "refused")
 RETRY_AFTER_S = 1
 # OpenAI fields that transformers' continuous batching would silently ignore, with the value that changes nothing.
 UNSERVED = {"n": 1, "best_of": 1, "stream": False, "stop": None, "top_p": 1, "logprobs": None, "echo": False}
