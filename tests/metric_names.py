@@ -1,12 +1,12 @@
 """The names of metrics that are there: ours from the registry, others' from the samples in tests/exporters/."""
 
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import promql_parser
 import yaml
 from prometheus_client import Metric
-from prometheus_client.parser import text_string_to_metric_families
 
 from shared.metrics import REGISTRY
 
@@ -34,11 +34,9 @@ def shown_names(metrics: Iterable[Metric]) -> set[str]:
 
 
 def others_names() -> set[str]:
-    """The names in the samples of other exporters."""
-    texts = (path.read_text(encoding="utf-8") for path in EXPORTERS.glob("*.prom"))
-    return {
-        sample.name for text in texts for family in text_string_to_metric_families(text) for sample in family.samples
-    }
+    """The names in the samples of other exporters; as they stand, because not all of their counters end with _total."""
+    texts = [path.read_text(encoding="utf-8") for path in EXPORTERS.glob("*.prom")]
+    return {name for text in texts for name in re.findall(r"^([\w:]+)[ {]", text, re.MULTILINE)}
 
 
 def rules() -> Iterator[dict[str, str]]:

@@ -86,7 +86,10 @@ TRAINING = Dashboard(
                 shares("Lost rollouts", "invalid", "Above trainer.max_invalid_share a step is refused."),
                 curves(
                     "Lost, refused, in ten minutes",
-                    ("sum by (reason) (increase(drzero_trainer_invalid_rollouts_total[10m]))", "rollouts: {{reason}}"),
+                    (
+                        "sum by (reason) (increase(drzero_trainer_invalid_rollouts_total[10m])) or vector(0)",
+                        "rollouts: {{reason}}",
+                    ),
                     ("increase(drzero_trainer_refused_steps_total[10m])", "refused steps"),
                 ),
                 curves("Alarms, steps in a row", ("drzero_trainer_alarm_steps", "{{alarm}}")),
