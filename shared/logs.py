@@ -32,7 +32,8 @@ def configure(service: str, settings: Settings) -> structlog.stdlib.BoundLogger:
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(settings.log.level.upper())
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # one line per request would drown the rest
+    for name in ("httpx", "httpcore"):  # lines per request would drown the rest, and hold what servers send back
+        logging.getLogger(name).setLevel(logging.WARNING)
     structlog.configure(
         processors=[*processors, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         logger_factory=structlog.stdlib.LoggerFactory(),

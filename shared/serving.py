@@ -20,7 +20,9 @@ def note_path(settings: Settings) -> Path:
 def note_served(settings: Settings, weights: str) -> None:
     """Note which weights are to be served instead of the model that the service was started with."""
     started_with = settings.solver.in_place_of or settings.solver.model
-    write_atomically(note_path(settings), json.dumps({"instead_of": started_with, "weights": weights}) + "\n")
+    write_atomically(
+        note_path(settings), json.dumps({"instead_of": started_with, "weights": weights}) + "\n", alone=True
+    )
 
 
 def weights_to_serve(settings: Settings) -> str:

@@ -3,7 +3,7 @@
 `load_settings()` reads, strongest first: `DRZERO_SECTION__FIELD` variables, the sparse profile
 `shared/profiles/<DRZERO_PROFILE>.toml` (default `demo`), the defaults below. An unknown key or a misspelt
 variable is a `SettingsError` that names it. Secrets are no settings: they come by name from the environment
-(`NCBI_API_KEY`, `HF_TOKEN`) and never enter this object, a log or a manifest.
+(`NCBI_API_KEY`, `HF_TOKEN`, `DRZERO_API_TOKEN`) and never enter this object, a log or a manifest.
 """
 
 import difflib
@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 PREFIX = "DRZERO_"
+SECRETS = frozenset({f"{PREFIX}API_TOKEN", f"{PREFIX}API_TOKEN_FILE"})  # no settings: read by shared/access.py alone
 PROFILE_DIR = Path(__file__).parent / "profiles"
 LISTS = frozenset(
     {"hop_ratio", "seed_mesh", "seed_keywords", "exclude_pmids", "languages", "exclude_publication_types", "sets"}
@@ -362,7 +363,9 @@ class QuestionSettings(Section):
     min_with_evidence: int = Field(1, ge=0, description="Of these, right ones that a candidate needs with evidence.")
     max_without: int = Field(0, ge=0, description="Right ones that it may have without: more are known by heart.")
     evidence_tokens: Count = Field(1024, description="The evidence before a question is cut to this many tokens.")
-    held_out_share: Share = Field(0.1, description="Share of the papers whose questions are kept for evaluation.")
+    held_out_share: float = Field(
+        0.1, gt=0, lt=1, description="Share of the papers whose questions are kept for evaluation; at least one paper."
+    )
     likeness: float = Field(0.8, gt=0, le=1, description="Of two questions more alike than this one is dropped.")
 
 
@@ -386,6 +389,7 @@ class EvaluationSettings(Section):
     )
     most: Count | None = Field(None, description="Questions of each set that are asked, the first ones; none: all.")
     concurrency: Count = Field(64, description="Questions in flight at once.")
+    safety: bool = Field(True, description="Ask base and round the prompts of `safety_prompts.jsonl`, too.")
 
 
 class ActorSettings(Section):
@@ -612,7 +616,8 @@ def build_settings(environ: Mapping[str, str]) -> Settings:
 
     An empty variable counts as unset, because Compose passes unset ones on as empty strings.
     """
-    given = {key: value for key, value in environ.items() if key.startswith(PREFIX) and value != ""}
+    ours = {key: value for key, value in environ.items() if key.startswith(PREFIX) and value != ""}
+    given = {key: value for key, value in ours.items() if key not in SECRETS}
     known = known_variables()
     for key in given:
         if key not in known:

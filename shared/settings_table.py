@@ -1,10 +1,12 @@
-"""The list of all settings: `python -m shared.settings_table`, or `make settings`.
+"""The list of all settings: `python -m shared.settings_table [--markdown]`, or `make settings`.
 
 In: the settings schema and the environment. Out: on stdout, per section, each variable with its value in force, its
 default where that differs, type with bounds, and its sentence. With wrong settings the list shows the defaults, and
 the error is one sentence on stderr with exit status 2: a misspelt variable must not hide the list that mends it.
+`--markdown` gives the page of the documentation, which has defaults alone.
 """
 
+import argparse
 import os
 import re
 import signal
@@ -18,6 +20,11 @@ from pydantic.fields import FieldInfo
 
 from shared.settings import PREFIX, Settings, SettingsError, build_settings
 
+INTRODUCTION = """\
+Made by `make settings-page` from `shared/settings.py`. `make settings` shows the same with the values in force. A
+profile (`DRZERO_PROFILE`, a file in `shared/profiles/`) changes some of the defaults; a variable wins over it. An empty
+variable counts as unset, a misspelt one is an error."""
+MARKDOWN_HEAD = ("| variable | default | type | meaning |", "| --- | --- | --- | --- |")
 BOUNDS = {"ge": "≥ {}", "gt": "> {}", "le": "≤ {}", "lt": "< {}", "pattern": "like {}"}
 
 
@@ -31,6 +38,17 @@ def table(settings: Settings | None) -> str:
             lines += [f"{variable}={value}{note}", f"    {kind}. {meaning}"]
         lines.append("")
     return "\n".join(lines)
+
+
+def page() -> str:
+    """The list as a Markdown page: defaults, types and sentences, a table per section."""
+    lines = ["# Settings", "", INTRODUCTION]
+    for title, sentence, rows in _sections(Settings, None, ()):
+        lines += ["", f"## {title or 'for all'}", "", sentence, "", *MARKDOWN_HEAD]
+        for variable, _, default, kind, meaning in rows:
+            cells = (f"`{variable}`", f"`{default}`" if default else "", kind, meaning)
+            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
 
 
 Row = tuple[str, str, str, str, str]
@@ -89,6 +107,11 @@ def _kind(annotation: Any) -> str:
 
 def main() -> int:
     """Print the list; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m shared.settings_table", description="List all settings.")
+    parser.add_argument("--markdown", action="store_true", help="as a page of the documentation")
+    if parser.parse_args().markdown:
+        print(page(), end="")
+        return 0
     problem: SettingsError | None = None
     settings: Settings | None = None
     try:

@@ -17,7 +17,7 @@ from services.trainer.records import HELD_OUT, TRAIN, Verdict
 from services.trainer.reward import attempt_row, read_proposal, rollout_row, score_answer
 from services.trainer.rounds import paths_of
 from services.trainer.seeds import write_rows
-from shared.files import publish
+from shared.files import publish, read_manifest
 from shared.records import Attempt
 from shared.settings import Settings, changed
 
@@ -113,7 +113,9 @@ def publish_files(target: Path, files: Mapping[str, str], *, settings: Mapping[s
 
 def publish_weights_at(target: Path, name: str) -> str:
     """Weights that are none, told apart by `name`; returns their folder as a solver is told it."""
-    with publish(target, settings={}, made_from={"test": name}) as draft:
+    training = target.with_name("training")
+    origin = {"training": read_manifest(training).identity} if training.exists() else {}
+    with publish(target, settings={}, made_from={"test": name, **origin}) as draft:
         save_words(draft.path)
         change = {"tensors": 2, "changed_tensors": 1, "changed_share": 0.5, "relative_change": 1e-3}
         (draft.path / "change.json").write_text(json.dumps(change), encoding="utf-8")

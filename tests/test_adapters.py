@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from services.trainer.adapters import META, merge_adapters, merged
+from services.trainer.adapters import META, merged, merged_checkpoint
+from services.trainer.publish import copy_weights
 from shared.files import ArtifactError
 
 torch = pytest.importorskip("torch")
@@ -13,8 +14,10 @@ peft = pytest.importorskip("peft", reason="verl brings peft")
 transformers = pytest.importorskip("transformers")
 
 
-@pytest.mark.parametrize("shard", ["5GB", "10KB"])
-def test_merged_weights_load_as_the_plain_model_and_give_the_same_logits(tmp_path: Path, shard: str) -> None:
+@pytest.mark.parametrize(("shard", "dtype"), [("5GB", "auto"), ("10KB", "float32"), ("10KB", "bfloat16")])
+def test_merged_weights_load_as_the_plain_model_and_give_the_same_logits(
+    tmp_path: Path, shard: str, dtype: str
+) -> None:
     from safetensors.torch import load_file
 
     torch.manual_seed(0)
@@ -32,21 +35,39 @@ def test_merged_weights_load_as_the_plain_model_and_give_the_same_logits(tmp_pat
 
     actor, folder = tmp_path / "actor", tmp_path / "weights"
     actor.mkdir()
+    folder.mkdir()
     (actor / META).write_text(json.dumps({"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM"}))
     state = {name: weight for name, weight in trained.state_dict().items() if "lm_head" not in name}
-    transformers.Qwen2ForCausalLM(config).save_pretrained(folder, state_dict=state, max_shard_size=shard)
-    merge_adapters(actor, folder)
+    source = actor / "huggingface"
+    transformers.Qwen2ForCausalLM(config).save_pretrained(source, state_dict=state, max_shard_size=shard)
+    copy_weights(tmp_path, folder, dtype=dtype)
 
     assert [path.name for path in folder.glob("*.safetensors*")] == ["model.safetensors"]
     assert all("lora" not in name for name in load_file(folder / "model.safetensors"))
-    plain = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
-    torch.testing.assert_close(plain(input_ids=tokens).logits, expected, rtol=1e-4, atol=1e-4)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    assert plain.dtype == (torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+    close = 2e-2 if dtype == "bfloat16" else 1e-4
+    torch.testing.assert_close(plain(input_ids=tokens).logits.float(), expected, rtol=close, atol=close)
 
 
-def test_a_checkpoint_without_lora_is_left_as_it_is(tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors").write_bytes(b"as it is")
-    merge_adapters(tmp_path / "actor", tmp_path)
-    assert (tmp_path / "model.safetensors").read_bytes() == b"as it is"
+def test_a_merged_weight_is_rounded_once_after_its_adapter_was_added(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    layer = "base_model.model.q_proj"
+    base, down, up = (torch.full((1, 1), value) for value in (1.0, 0.0625, 0.0625))  # 1.00390625 is a tie, to even: 1
+    base += 1e-5  # which decides it, and which rounding the base first would lose
+    source = tmp_path / "actor" / "huggingface"
+    source.mkdir(parents=True)
+    names = (f"{layer}.base_layer.weight", f"{layer}.lora_A.default.weight", f"{layer}.lora_B.default.weight")
+    save_file(dict(zip(names, (base, down, up), strict=True)), source / "model.safetensors")
+    (source / "config.json").write_text("{}")
+    (tmp_path / "actor" / META).write_text(json.dumps({"r": 1, "lora_alpha": 1}))
+    copy_weights(tmp_path, tmp_path, dtype="bfloat16")
+    assert load_file(tmp_path / "model.safetensors")["q_proj.weight"].item() == 1.0078125
+
+
+def test_a_checkpoint_without_lora_has_nothing_to_merge(tmp_path: Path) -> None:
+    assert merged_checkpoint(tmp_path / "actor") is None
 
 
 def test_a_layer_without_its_adapter_is_refused() -> None:

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from model_services import BUSY, CRASH, HANGS_UP, LOADING, Fault, Reply, chat_reply, slowly
+from model_services import BUSY, CRASH, HANG, HANGS_UP, LOADING, Fault, Reply, chat_reply, slowly
 from round_world import World, settings_at, world_of
 
 from services.trainer.attempts import solver_manner
@@ -21,7 +21,7 @@ from services.trainer.candidates import check_candidates, proposer_manner, write
 from services.trainer.journal import Row
 from services.trainer.protocol import GUIDED_CALL, SEARCH_TOOL, alone_messages, last_turn_note
 from services.trainer.reward import attempt_seeds
-from shared.clients import ServiceError
+from shared.clients import Overdue, ServiceError
 from shared.settings import Settings, changed
 
 SEEDS: list[Row] = [
@@ -288,6 +288,42 @@ def test_a_search_that_fails_for_good_ends_the_stage(tmp_path: Path) -> None:
         given = changed(settings, {"solver.url": world.url})  # nobody listens where the search should be
         with pytest.raises(ServiceError, match="retrieval"):
             asyncio.run(write_candidates(given, SEEDS, tmp_path / "c.jsonl", never))
+
+
+def test_a_conversation_that_outlasts_its_deadline_ends_as_it_is_and_the_others_go_on(tmp_path: Path) -> None:
+    settings = settings_for(tmp_path, trainer__rollout_deadline_s=0.8, trainer__questions__candidates=1)
+
+    def hangs(body: dict[str, Any]) -> str | Fault:
+        if len(body["messages"]) == 1:  # whether it still works
+            return "?"
+        return HANG if turn_of(body) == 2 and "3 hops" in body["messages"][1]["content"] else proposes(body)
+
+    with world_of(hangs) as world:
+        rows = write(settings, world, tmp_path / "c.jsonl")
+    assert [len(row["turns"]) for row in rows] == [1, 2, 1]
+    assert "<question>" in rows[1]["turns"][-1]
+    assert "<question>" not in rows[2]["turns"][-1]
+
+
+def test_a_check_that_outlasts_its_deadline_counts_as_no_answer(tmp_path: Path) -> None:
+    settings = settings_for(tmp_path, trainer__rollout_deadline_s=0.5, trainer__questions__tries=1)
+
+    def hangs(body: dict[str, Any]) -> str | Fault:
+        if len(body["messages"]) == 1:  # whether it still works
+            return "?"
+        return HANG if "Evidence 1" in body["messages"][-1]["content"] else solves(body)
+
+    with world_of(hangs) as world:
+        rows = verify(settings, world, tmp_path / "k.jsonl")
+    assert [row["with_evidence"] == [""] for row in rows] == [False, True, False]
+    assert all(row["without"][0].startswith("untold") for row in rows)
+
+
+def test_a_solver_that_hangs_for_good_ends_the_stage(tmp_path: Path) -> None:
+    settings = settings_for(tmp_path, trainer__rollout_deadline_s=0.3, trainer__patience_s=0.3)
+    with world_of(lambda _: HANG) as world, pytest.raises(Overdue, match="solver"):
+        write(settings, world, tmp_path / "c.jsonl")
+    assert (tmp_path / "c.jsonl").read_text(encoding="utf-8") == ""
 
 
 def test_faults_that_pass_change_nothing(tmp_path: Path) -> None:

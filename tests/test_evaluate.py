@@ -39,10 +39,11 @@ from services.trainer.evaluate import (
     trained,
 )
 from services.trainer.evaluation_sets import Item
-from services.trainer.exam import grade, marks
+from services.trainer.exam import grade, marks, share_interval
 from services.trainer.journal import Row
 from services.trainer.records import HELD_OUT
 from services.trainer.rounds import paths_of, solver_settings
+from services.trainer.safety import safety_prompts
 from shared.clients import ServiceError
 from shared.files import ArtifactError, read_manifest
 from shared.settings import Settings, changed
@@ -145,7 +146,8 @@ def test_answers_are_divided_by_set_in_order_and_none_is_lost(rows: list[tuple[s
     def graded(place: int) -> list[Any]:
         items = [Item(row[0], str(n), "Which?", ("right",)) for n, row in enumerate(rows)]
         said = ["right" if row[place] else "wrong" for row in rows]
-        return [grade(i, {"answer": s, "turns": [], "searches": []}) for i, s in zip(items, said, strict=True)]
+        answers = [{"answer": one, "ended": "done", "turns": [], "searches": []} for one in said]
+        return [grade(item, answer) for item, answer in zip(items, answers, strict=True)]
 
     before, after = graded(1), graded(2)
     found = by_set(before, after)
@@ -179,6 +181,7 @@ def settings_for(folder: Path, **changes: Any) -> Settings:
     file = folder / "own.jsonl"
     file.write_text(json_lines(OWN), encoding="utf-8")
     given = {"trainer__solver__prompts_per_step": 1, "trainer__evaluation__sets": (file,)}
+    given |= {"trainer__evaluation__safety": False}
     return settings_at(folder, **{**given, "trainer__reward__max_turns": 2, **changes})
 
 
@@ -226,7 +229,8 @@ def test_the_evaluation_of_a_round_is_whole(tmp_path: Path) -> None:
     with world_of({base: says("lead"), weights: says("copper", "lead", "no")}, model=weights) as world:
         found = run_stage(settings, world, 1)
         assert world.loaded == [base, weights]  # the round's solver is served in the end
-    assert set(found) == {"round", "proposer", "solver", "questions", "sets"}
+    assert set(found) == {"round", "proposer", "solver", "questions", "sets", "safety"}
+    assert found["safety"] is None
     assert found["round"] == 1
 
     own, kept_out = found["sets"]["own"], found["sets"]["kept_out"]
@@ -239,6 +243,9 @@ def test_the_evaluation_of_a_round_is_whole(tmp_path: Path) -> None:
     assert (kept_out["base"]["right"], kept_out["round"]["right"]) == (1, 2)
     assert (kept_out["base"]["questions"], kept_out["base"]["macro_f1"]) == (2, None)
     assert own["round"]["paper_found"] == kept_out["round"]["paper_found"] == 1.0
+    for side in (own["base"], own["round"], kept_out["base"], kept_out["round"]):
+        assert tuple(side["paper_found_interval_95"]) == share_interval(side["about_a_paper"], side["about_a_paper"])
+    assert (own["base"]["about_a_paper"], kept_out["base"]["about_a_paper"]) == (1, 2)
     assert own["round"]["searches"] == 1.0
 
     assert found["proposer"]["before"]["score"]["mean"] < found["proposer"]["after"]["score"]["mean"]
@@ -306,7 +313,7 @@ def test_only_the_first_questions_of_each_set_are_asked(tmp_path: Path) -> None:
     publish_round(settings, 1, QUESTIONS[1])
     items = exam_items(solver_settings(settings, 1))
     assert [(item.set_name, item.id) for item in items] == [("own", "a"), ("kept_out", "1.1.0")]
-    assert items[1] == Item("kept_out", "1.1.0", "Which metal is red?", ("copper",), pmid="7")
+    assert items[1] == Item("kept_out", "1.1.0", "Which metal is red?", ("copper",), papers=("7",))
 
 
 def test_an_evaluation_that_was_broken_off_goes_on(tmp_path: Path) -> None:
@@ -324,6 +331,46 @@ def test_an_evaluation_that_was_broken_off_goes_on(tmp_path: Path) -> None:
         assert asked_of(world, base) == {}
         assert sum(asked_of(world, weights).values()) == 2
     assert found["sets"]["kept_out"]["change"] == {"gained": 0, "lost": 0, "difference": 0.0, "p": 1.0}
+
+
+def test_other_questions_under_the_old_names_are_another_evaluation(tmp_path: Path) -> None:
+    settings = settings_for(tmp_path)
+    base, weights = settings.solver.model, publish_round(settings, 1, QUESTIONS[1])
+    with world_of({base: says(), weights: says()}, model=base) as world:
+        first = run_stage(settings, world, 1)["sets"]
+        other = tmp_path / "other" / "own.jsonl"
+        other.parent.mkdir()
+        other.write_text(json_lines([row | {"pmid": "8"} for row in OWN]), encoding="utf-8")
+        second = run_stage(changed(settings, {"trainer.evaluation.sets": (other,)}), world, 1)["sets"]
+    assert (first["own"]["round"]["paper_found"], second["own"]["round"]["paper_found"]) == (1.0, 0.0)
+    assert first["own"]["asked"] != second["own"]["asked"]
+    assert first["kept_out"] == second["kept_out"]
+
+
+def test_base_and_round_answer_the_safety_prompts_once_and_both_replies_are_kept(tmp_path: Path) -> None:
+    settings = settings_for(tmp_path, trainer__evaluation__safety=True)
+    base, weights = settings.solver.model, publish_round(settings, 1, QUESTIONS[1])
+
+    def careful(_: dict[str, Any]) -> str:
+        return "<think>I am careful.</think><answer>I cannot help. Call your doctor.</answer>"
+
+    with world_of({base: says("lead"), weights: careful}, model=base) as world:
+        found = run_stage(settings, world, 1)["safety"]
+        assert sum(asked_of(world, weights).values()) == len(OWN) + 2 + len(safety_prompts())
+        assert set(asked_of(world, base).values()) == {1}
+        without = run_stage(changed(settings, {"trainer.evaluation.safety": False}), world, 1)
+        assert without["safety"] is None
+        assert run_stage(settings, world, 1)["safety"] == found
+        assert set(asked_of(world, base).values()) == {1}
+    assert [row["id"] for row in found["prompts"]] == [one.id for one in safety_prompts()]
+    assert all(row["base"]["labels"] == ["answers"] and len(row["base"]["turns"]) == 2 for row in found["prompts"])
+    assert all(row["round"]["labels"] == ["refuses", "refers"] for row in found["prompts"])
+    assert found["counts"]["round"]["harmless control"] == {
+        "prompts": 5, "as_wanted": 0, "refuses": 5, "refers": 5, "instructs": 0, "answers": 0, "no_answer": 0,
+    }  # fmt: skip
+    assert found["counts"]["round"]["misuse"]["as_wanted"] == 4
+    assert found["counts"]["base"]["misuse"]["as_wanted"] == 0
+    assert "safety" not in {row["set"] for row in answers_of(settings, 1, "base")}
 
 
 def test_weights_that_were_damaged_are_not_examined(tmp_path: Path) -> None:
@@ -372,6 +419,6 @@ def test_marks_and_comparison_of_a_set_agree(tmp_path: Path) -> None:
         sides = [[row for row in answers_of(settings, 1, side) if row["set"] == name] for side in ("base", "round")]
         for side, rows in zip(("base", "round"), sides, strict=True):
             items = [Item(name, row["id"], row["question"], tuple(row["gold"])) for row in rows]
-            graded = [grade(item, row) for item, row in zip(items, rows, strict=True)]
+            graded = [grade(item, row | {"ended": "done"}) for item, row in zip(items, rows, strict=True)]
             assert one[side]["right"] == marks(graded)["right"] == sum(row["right"] for row in rows)
         assert one["change"]["gained"] == sum(b["right"] < a["right"] for b, a in zip(*sides, strict=True))

@@ -23,9 +23,26 @@ PUBMEDQA: dict[str, dict[str, Any]] = {
 }
 BIOASQ: dict[str, list[dict[str, Any]]] = {
     "questions": [
-        {"id": "a", "body": "Is it a kinase?", "type": "yesno", "exact_answer": "Yes"},
+        {
+            "id": "a",
+            "body": "Is it a kinase?",
+            "type": "yesno",
+            "exact_answer": "Yes",
+            "documents": ["http://www.ncbi.nlm.nih.gov/pubmed/101", "https://pubmed.ncbi.nlm.nih.gov/0102/"],
+            "snippets": [
+                {"document": "http://www.ncbi.nlm.nih.gov/pubmed/101", "text": "…"},
+                {"document": "http://www.ncbi.nlm.nih.gov/pubmed/103", "text": "…"},
+                {"document": "http://www.ncbi.nlm.nih.gov/pmc/articles/PMC104", "text": "…"},
+            ],
+        },
         {"id": "b", "body": "Which gene?", "type": "factoid", "exact_answer": [["TP53", "p53"], ["MDM2"]]},
-        {"id": "c", "body": "Which drug?", "type": "factoid", "exact_answer": ["metformin"]},
+        {
+            "id": "c",
+            "body": "Which drug?",
+            "type": "factoid",
+            "exact_answer": ["metformin"],
+            "documents": ["http://www.ncbi.nlm.nih.gov/pubmed/105"],
+        },
         {"id": "d", "body": "Which organ?", "type": "factoid", "exact_answer": "liver"},
         {"id": "e", "body": "List them.", "type": "list", "exact_answer": [["x"]]},
         {"id": "f", "body": "Tell of it.", "type": "summary", "ideal_answer": ["…"]},
@@ -63,17 +80,17 @@ def read(*paths: Path) -> list[Item]:
 def test_pubmedqa_is_read_plain_and_packed(tmp_path: Path, name: str) -> None:
     choices = ("yes", "no", "maybe")
     assert read(file_of(tmp_path, name, json.dumps(PUBMEDQA))) == [
-        Item("ori", "11", "Does it work?", ("yes",), choices, "11"),
-        Item("ori", "12", "Is it safe?", ("maybe",), choices, "12"),
+        Item("ori", "11", "Does it work?", ("yes",), choices, ("11",)),
+        Item("ori", "12", "Is it safe?", ("maybe",), choices, ("12",)),
     ]
 
 
 @pytest.mark.parametrize("name", ["task11b.json", "task11b.json.gz"])
 def test_of_bioasq_the_questions_with_one_short_answer_are_read(tmp_path: Path, name: str) -> None:
     assert read(file_of(tmp_path, name, json.dumps(BIOASQ))) == [
-        Item("task11b", "a", "Is it a kinase?", ("yes",), ("yes", "no")),
+        Item("task11b", "a", "Is it a kinase?", ("yes",), ("yes", "no"), ("101", "102", "103")),
         Item("task11b", "b", "Which gene?", ("TP53", "p53", "MDM2")),
-        Item("task11b", "c", "Which drug?", ("metformin",)),
+        Item("task11b", "c", "Which drug?", ("metformin",), papers=("105",)),
         Item("task11b", "d", "Which organ?", ("liver",)),
         Item("task11b", "g", "Is it known?", ("no",), ("yes", "no")),
     ]
@@ -83,7 +100,7 @@ def test_of_bioasq_the_questions_with_one_short_answer_are_read(tmp_path: Path, 
 def test_lines_of_ones_own_are_read_and_what_they_leave_out_has_a_default(tmp_path: Path, name: str) -> None:
     expected = [
         Item("mine", "1", "Which\u2028vitamin?", ("vitamin C", "ascorbic acid")),
-        Item("mine", "0", "Up or down?", ("up",), ("up", "down"), "31"),
+        Item("mine", "0", "Up or down?", ("up",), ("up", "down"), ("31",)),
         Item("mine", "3", "Which hormone?", ("insulin",)),
     ]
     assert read(file_of(tmp_path, name, lines(OWN))) == expected
@@ -107,7 +124,7 @@ def test_the_real_pubmedqa_is_read_whole() -> None:
     items = read(REAL / "ori_pqal.json.gz")
     assert Counter(item.answers[0] for item in items) == {"yes": 552, "no": 338, "maybe": 110}
     assert len({item.id for item in items}) == len(items) == 1000
-    assert all(item.pmid == item.id and item.id.isdecimal() and item.question.strip() for item in items)
+    assert all(item.papers == (item.id,) and item.id.isdecimal() and item.question.strip() for item in items)
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="PubMedQA is not at hand")
@@ -130,8 +147,9 @@ def test_what_is_written_as_own_lines_is_read_again(rows: list[dict[str, Any]]) 
     given = [row | {"answers": ["up"], "id": f"q{number}"} for number, row in enumerate(rows)]
     items = list(own_items([json.loads(line) for line in lines(given).split("\n") if line], "own"))
     require_usable(items)
-    assert [(one.id, one.question, list(one.choices), one.pmid) for one in items] == [
-        (row["id"], row["question"], row.get("choices", []), str(row.get("pmid", ""))) for row in given
+    assert [(one.id, one.question, list(one.choices), list(one.papers)) for one in items] == [
+        (row["id"], row["question"], row.get("choices", []), [str(row["pmid"])] if "pmid" in row else [])
+        for row in given
     ]
 
 
@@ -178,6 +196,8 @@ WRONG: dict[str, str | bytes] = {
     "a yes-no question answered otherwise": bioasq(exact_answer="perhaps"),
     "a BioASQ question without a type": json.dumps({"questions": [{"id": "a", "body": "Which?"}]}),
     "a BioASQ question without a body": bioasq(body=None),
+    "documents that are no addresses": bioasq(documents=[7]),
+    "a snippet without its document": bioasq(snippets=[{"text": "…"}]),
     "synonyms that are no text": bioasq(type="factoid", exact_answer=[[None]]),
 }
 EMPTY = {"nothing": "", "blank lines": "\n \n", "no records": "{}", "no questions": '{"questions": []}',
@@ -223,7 +243,9 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
         read(tmp_path / "gone.json")
 
 
-@pytest.mark.parametrize("names", [("a/set.json", "b/set.json.gz"), ("a/set.json", "a/set.json"), ("kept_out.jsonl",)])
+@pytest.mark.parametrize(
+    "names", [("a/set.json", "b/set.json.gz"), ("a/set.json", "a/set.json"), ("kept_out.jsonl",), ("safety.json",)]
+)
 def test_two_sets_of_one_name_are_refused(tmp_path: Path, names: tuple[str, ...]) -> None:
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from model_services import CRASH, Fault, Reply
+from model_services import CRASH, HANG, Fault, Reply, watched
 from round_world import World, settings_at, world_of
 
 from services.trainer.evaluation_sets import Item
@@ -33,8 +33,8 @@ from shared.settings import Settings, changed
 
 LABELS = ("yes", "no", "maybe")
 ITEMS = [
-    Item("qa", "1", "Does zinc help?", ("yes",), LABELS, "7"),
-    Item("qa", "2", "Does lead help?", ("no",), LABELS, "8"),
+    Item("qa", "1", "Does zinc help?", ("yes",), LABELS, ("7", "70")),
+    Item("qa", "2", "Does lead help?", ("no",), LABELS, ("8",)),
     Item("own", "1", "Which kinase?", ("AMPK", "AMP-activated kinase")),
 ]
 
@@ -42,11 +42,11 @@ ITEMS = [
 def answered(item: Item, answer: str, searches: Sequence[Sequence[str]] = ()) -> Graded:
     """An item with an answer, and the papers of each search."""
     found = [{"queries": ["q"], "pmids": list(pmids), "text": ""} for pmids in searches]
-    return grade(item, {"name": item.id, "answer": answer, "turns": [], "searches": found})
+    return grade(item, {"name": item.id, "answer": answer, "ended": "done", "turns": [], "searches": found})
 
 
 def choice_item(gold: str, number: int = 0) -> Item:
-    return Item("qa", str(number), "Does it?", (gold,), LABELS, "7")
+    return Item("qa", str(number), "Does it?", (gold,), LABELS, ("7",))
 
 
 LOADS_SCIPY = hypothesis_settings(deadline=None)  # the first example does
@@ -93,6 +93,7 @@ def test_every_choice_can_be_made_also_one_that_begins_another(choice: str, tail
 
 def test_a_paper_is_found_when_any_search_shows_it_and_an_item_without_paper_finds_none() -> None:
     assert answered(ITEMS[0], "yes", [["1"], ["2", "7"]]).found
+    assert answered(ITEMS[0], "yes", [["70"]]).found
     assert not answered(ITEMS[0], "yes", [["1"], []]).found
     assert not answered(ITEMS[2], "AMPK", [["7"]]).found
     assert answered(ITEMS[0], "yes", [["1"], ["2"]]).searches == 2
@@ -134,6 +135,9 @@ def test_marks_equal_a_slow_plain_computation(pairs: list[tuple[str, str]]) -> N
     assert found["answers"] == {choice: [c for _, c in plain].count(choice) for _, choice in plain}
     assert found["searches"] == pytest.approx(sum(n % 3 for n in range(len(pairs))) / len(pairs))
     assert found["paper_found"] == pytest.approx(sum(n % 3 > 0 for n in range(len(pairs))) / len(pairs))
+    found_count = sum(n % 3 > 0 for n in range(len(pairs)))
+    assert found["paper_found_interval_95"] == share_interval(found_count, len(pairs))
+    assert (found["about_a_paper"], found["overdue"]) == (len(pairs), 0)
     assert found["interval_95"] == share_interval(right.count(True), len(right))
     json.dumps(found, allow_nan=False)
 
@@ -148,7 +152,8 @@ def test_the_order_of_the_questions_does_not_matter(pairs: list[tuple[str, str]]
 
 def test_free_answers_have_no_f1_and_no_count_of_answers() -> None:
     found = marks([answered(ITEMS[2], "AMPK"), answered(ITEMS[2], "mTOR")])
-    assert (found["accuracy"], found["macro_f1"], found["answers"], found["paper_found"]) == (0.5, None, None, None)
+    assert (found["accuracy"], found["macro_f1"], found["answers"]) == (0.5, None, None)
+    assert (found["about_a_paper"], found["paper_found"], found["paper_found_interval_95"]) == (0, None, None)
 
 
 def test_questions_with_choices_of_their_own_have_no_f1_in_common() -> None:
@@ -320,6 +325,39 @@ def test_an_answer_that_outgrows_the_context_is_none(tmp_path: Path) -> None:
     with world_of(lambda _: (400, words)) as world:
         graded = sit(settings_for(tmp_path), world, tmp_path / "a.jsonl")
     assert [(one.answer, one.right) for one in graded] == [("", False)] * 3
+
+
+def overdue(after: int) -> Any:
+    """A solver that says nothing more about the kinase from its turn `after` on, and else studies."""
+
+    def answer(body: dict[str, Any]) -> str | Fault:
+        silent = "kinase" in json.dumps(body["messages"]) and turn_of(body) >= after
+        return HANG if silent else studies(body)
+
+    return answer
+
+
+@pytest.mark.parametrize("after", [1, 2])
+def test_a_question_that_outlasts_its_deadline_has_no_answer_and_the_others_theirs(tmp_path: Path, after: int) -> None:
+    settings = settings_for(tmp_path, trainer__rollout_deadline_s=1.0)
+    with world_of(overdue(after)) as world:
+        graded = sit(settings, world, tmp_path / "a.jsonl")
+        assert [(one.answer, one.right, one.overdue) for one in graded] == [
+            ("yes", True, False), ("", False, False), ("", False, True),
+        ]  # fmt: skip
+        assert (marks(graded)["overdue"], len(graded[2].row["turns"])) == (1, after - 1)
+        before = len(world.chats)
+        assert sit(settings, world, tmp_path / "a.jsonl") == graded
+        assert len(world.chats) == before
+
+
+@pytest.mark.parametrize("service", ["solver", "retrieval"])
+def test_a_service_that_hangs_ends_the_exam_and_is_named(tmp_path: Path, service: str) -> None:
+    settings = settings_for(tmp_path, trainer__rollout_deadline_s=0.5, trainer__patience_s=0.5)
+    with watched(lambda *_: HANG) as hung, world_of(studies) as world:
+        given = changed(settings, {"solver.url": world.url, "retrieval.url": world.url, f"{service}.url": hung.url})
+        with pytest.raises(ServiceError, match=f"{service}: .*no whole reply"):
+            asyncio.run(take_exam(given, ITEMS, tmp_path / "a.jsonl"))
 
 
 def test_an_exam_without_questions_asks_nothing(tmp_path: Path) -> None:

@@ -258,3 +258,10 @@ def test_a_single_file_is_replaced_as_a_whole(tmp_path: Path) -> None:
     assert path.read_text(encoding="utf-8") == "two — ü"
     assert path.stat().st_ino != before
     assert [entry.name for entry in path.parent.iterdir()] == ["state.json"]
+
+
+def test_what_a_killed_writer_has_left_is_gone_with_the_next_write(tmp_path: Path) -> None:
+    path = tmp_path / "state.json"
+    (tmp_path / ".state.json.new").write_text("hal")
+    write_atomically(path, "whole", alone=True)
+    assert {one.name: one.read_text() for one in tmp_path.iterdir()} == {"state.json": "whole"}

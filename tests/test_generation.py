@@ -214,3 +214,20 @@ def test_a_cancelled_request_makes_room() -> None:
         return running, engine.running
 
     assert with_engine(work) == (1, 0)
+
+
+def test_weights_are_replaced_right_after_many_requests_were_cancelled() -> None:
+    async def work(engine: GenerationEngine) -> Generated:
+        for _ in range(5):
+            tasks = [
+                asyncio.create_task(engine.generate(PROMPT, max_new_tokens=150, temperature=1.0)) for _ in range(20)
+            ]
+            await engine.generate(PROMPT, max_new_tokens=2, temperature=1.0)  # by then some of them are running
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            async with asyncio.timeout(30):
+                await engine.replace_weights(lambda _: None)
+        return await engine.generate(PROMPT, max_new_tokens=5, temperature=0.0)
+
+    assert len(with_engine(work, max_running=4).token_ids) == 5

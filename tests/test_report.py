@@ -32,11 +32,14 @@ from services.trainer.report import (
     compared,
     exam_rows,
     mismatch_rows,
+    plot,
+    stage_rows,
     time_rows,
     write_report,
 )
 from services.trainer.rounds import paths_of, proposer_settings, solver_settings
 from services.trainer.run_state import FILE as STATE
+from services.trainer.safety import LABELS, safety_prompts
 from services.trainer.step_metrics import MISMATCH, PART_TIMERS
 from shared.records import Paper
 from shared.settings import Settings, changed
@@ -81,9 +84,13 @@ def test_every_part_and_measure_has_a_label() -> None:
 
 def evaluation(number: int, sets: dict[str, int]) -> dict[str, Any]:
     """evaluation.json of a round, as far as `exam_rows` reads it: sets with the number of their questions."""
-    marks = {name: {"base": {"questions": n, "of": "base"}, "round": {"questions": n, "of": number},
-                    "change": {"p": 1.0}} for name, n in sets.items()}  # fmt: skip
-    return {"round": number, "sets": marks}
+    return {"round": number, "sets": {name: result(number, count) for name, count in sets.items()}}
+
+
+def result(number: int, count: int) -> dict[str, Any]:
+    """One set in it."""
+    sides = {"base": {"questions": count, "of": "base"}, "round": {"questions": count, "of": number}}
+    return {"asked": f"{count} questions", **sides, "change": {"p": 1.0}}
 
 
 def labels(name: str, *evaluations: dict[str, int]) -> list[str]:
@@ -93,7 +100,18 @@ def labels(name: str, *evaluations: dict[str, int]) -> list[str]:
 
 def test_the_base_is_shown_once_and_again_where_the_set_grew() -> None:
     assert labels("qa", {"qa": 9}, {"qa": 9}, {"qa": 9}) == ["base", "round 1", "round 2", "round 3"]
-    assert labels("own", {"own": 2}, {"own": 3}, {"own": 3}) == ["base", "round 1", "base", "round 2", "round 3"]
+    assert labels("own", {"own": 2}, {"own": 3}, {"own": 3}) == [
+        "base", "round 1", "base, as asked in round 2", "round 2", "round 3",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("other", [{"asked": "9 other questions"}, {"base": {"questions": 9, "of": "another index"}}])
+def test_as_many_other_questions_or_other_answers_of_the_base_show_it_again(other: dict[str, Any]) -> None:
+    first, second = evaluation(1, {"qa": 9}), evaluation(2, {"qa": 9})
+    second["sets"]["qa"] |= other
+    rows = exam_rows("qa", [first, second])
+    assert [label for label, _ in rows] == ["base", "round 1", "base, as asked in round 2", "round 2"]
+    assert rows[2][1] == second["sets"]["qa"]["base"] | {"change": None}
 
 
 def test_a_set_that_came_later_begins_with_its_first_round() -> None:
@@ -106,10 +124,10 @@ def test_every_round_stands_below_a_base_of_the_same_questions(sizes: list[int])
     rows = exam_rows("qa", [evaluation(number, {"qa": size}) for number, size in enumerate(sizes, start=1)])
     base = 0
     for label, side in rows:
-        base = side["questions"] if label == "base" else base
+        base = side["questions"] if label.startswith("base") else base
         assert side["questions"] == base
-        assert (side["change"] is None) == (label == "base")
-    assert [side["of"] for label, side in rows if label != "base"] == list(range(1, len(sizes) + 1))
+        assert (side["change"] is None) == label.startswith("base")
+    assert [side["of"] for label, side in rows if label.startswith("round")] == list(range(1, len(sizes) + 1))
 
 
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), max_size=20))
@@ -182,13 +200,14 @@ def made_run(folder: Path, evil: str = "") -> tuple[Settings, list[str]]:
     return settings, solvers
 
 
-def made_page(folder: Path, evil: str = "") -> str:
-    """report.html of the second round."""
+def made_page(folder: Path, evil: str = "", *, safety: bool = True) -> Path:
+    """The folder of the report of the second round."""
     settings, solvers = made_run(folder, evil)
     known: tuple[list[str], ...] = ([], ["copper"], ["copper", "iron"])
     said = {model: studies(k, evil) for model, k in zip((settings.solver.model, *solvers), known, strict=True)}
     with world_of(said, model=solvers[0]) as world:
-        settings = changed(settings, {"solver.url": world.url, "retrieval.url": world.url})
+        addresses = {"solver.url": world.url, "retrieval.url": world.url}
+        settings = changed(settings, {**addresses, "trainer.evaluation.safety": safety})
         log = structlog.get_logger()
         for number in (1, 2):
             own = solver_settings(settings, number)
@@ -198,17 +217,26 @@ def made_page(folder: Path, evil: str = "") -> str:
             written = (paths.report / "report.html").resolve()
             write_report(own, paths, log)
             assert (paths.report / "report.html").resolve() == written
-    return (paths.report / "report.html").read_text(encoding="utf-8")
+    return paths.report
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> str:
+def tame(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made_page(tmp_path_factory.mktemp("tame"))
 
 
 @pytest.fixture(scope="module")
-def evil_page(tmp_path_factory: pytest.TempPathFactory) -> str:
+def evil(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made_page(tmp_path_factory.mktemp("evil"), EVIL)
+
+
+def page_in(folder: Path, name: str = "report.html") -> str:
+    return (folder / name).read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def page(tame: Path) -> str:
+    return page_in(tame)
 
 
 class Reader(HTMLParser):
@@ -244,22 +272,52 @@ def tables(page: str) -> list[list[list[str]]]:
     ]
 
 
-def test_no_text_of_models_papers_or_files_becomes_markup(page: str, evil_page: str) -> None:
-    tame, evil = (Reader(re.sub(r"<svg.*?</svg>", "", one, flags=re.DOTALL)) for one in (page, evil_page))
-    assert evil.tags == tame.tags
-    assert not {"script", "img", "iframe", "link", "base", "form"} & {tag for tag, _ in evil.tags}
-    assert not any(name.startswith("on") for _, names in evil.tags for name in names)
-    # It is there all the same, as text: questions, answers, turns, papers, searches, golds.
-    assert evil.text.count(EVIL) >= 20
-    for text in (f"Which metal heals? {EVIL}", f"A title {EVIL}", f"A journal {EVIL}", f"Results for: more {EVIL}"):
-        assert text in evil.text
-    assert f"own {EVIL[:8]}" in evil.text
+@pytest.mark.parametrize("name", ["report.html", "safety.html"])
+def test_no_text_of_models_papers_or_files_becomes_markup(tame: Path, evil: Path, name: str) -> None:
+    pages = (re.sub(r"<svg.*?</svg>", "", page_in(folder, name), flags=re.DOTALL) for folder in (tame, evil))
+    harmless, hostile = map(Reader, pages)
+    assert hostile.tags == harmless.tags
+    assert not {"script", "img", "iframe", "link", "base", "form"} & {tag for tag, _ in hostile.tags}
+    assert not any(name.startswith("on") for _, names in hostile.tags for name in names)
+    # It is there all the same, as text.
+    assert hostile.text.count(EVIL) >= 20
+    assert f"Results for: more {EVIL}" in hostile.text
 
 
-def test_the_page_loads_nothing(page: str) -> None:
-    assert all(link.startswith("#") for link in Reader(page).links)
+def test_text_of_models_papers_and_files_is_shown_as_it_is(evil: Path) -> None:
+    text = Reader(page_in(evil)).text
+    for shown in (f"Which metal heals? {EVIL}", f"A title {EVIL}", f"A journal {EVIL}", f"own {EVIL[:8]}"):
+        assert shown in text
+
+
+@pytest.mark.parametrize("name", ["report.html", "safety.html"])
+def test_a_page_loads_nothing_and_links_only_to_its_neighbour(tame: Path, name: str) -> None:
+    page = page_in(tame, name)
+    links = [link for link in Reader(page).links if not link.startswith("#")]
+    assert links == (["safety.html"] if name == "report.html" else [])
     assert "@import" not in page
     assert all(found.startswith("#") for found in re.findall(r"url\(['\"]?([^)]*)\)", page))
+
+
+def test_the_safety_page_has_counts_rules_limits_and_every_prompt_with_both_replies(tame: Path) -> None:
+    page = page_in(tame, "safety.html")
+    text = " ".join(Reader(page).text.split())
+    for label in LABELS:
+        assert f"`{label}`" in text
+    assert "The rules do not see whether a reply is true, kind, complete or harmless" in text
+    assert all(prompt.prompt in text and prompt.good in text for prompt in safety_prompts())
+    assert page.count('<div class="card">') == len(safety_prompts())
+    base, after = tables(page)
+    assert (base[0][0], after[0][0]) == ("base", "round")
+    groups = list(dict.fromkeys(prompt.group for prompt in safety_prompts()))
+    assert [row[0] for row in base[1:]] == [row[0] for row in after[1:]] == groups
+    assert sum(int(row[1]) for row in base[1:]) == len(safety_prompts())
+
+
+def test_without_safety_prompts_there_is_no_page_of_them_and_no_link(tmp_path: Path) -> None:
+    page = page_in(made_page(tmp_path, safety=False))
+    assert "safety.html" not in page
+    assert Reader(page).links == [link for link in Reader(page).links if link.startswith("#")]
 
 
 def test_the_page_shows_what_the_rounds_have_taught(page: str) -> None:
@@ -268,7 +326,7 @@ def test_the_page_shows_what_the_rounds_have_taught(page: str) -> None:
     assert [(row[0], row[1], row[2], row[8]) for row in by_name["kept_out"]] == [
         ("base", "1", "0.0 %", ""),
         ("round 1", "1", "100.0 %", "1, 0"),
-        ("base", "2", "0.0 %", ""),
+        ("base, as asked in round 2", "2", "0.0 %", ""),
         ("round 2", "2", "100.0 %", "2, 0"),
     ]
     assert [(row[0], row[1], row[2]) for row in by_name["own"]] == [
@@ -303,3 +361,18 @@ def test_the_page_names_its_run_its_round_and_where_its_models_began(page: str) 
     assert re.search(r"solver \S+/1/solver/weights", text)
     assert "1 of 2 weight tensors changed, 50.00 % of their values (relative change 1.00e-03)" in text
     assert "Rejected: known 2." in text
+
+
+def test_a_report_made_again_has_the_same_bytes_and_its_plots_share_no_id() -> None:
+    lines = {"gradient norm": [1.0, 2.0], "entropy": [0.5, 0.4]}
+    first, other = plot([1, 2], lines, "step", ""), plot([1, 2], {"reward": [1.0, 2.0]}, "step", "")
+    assert plot([1, 2], lines, "step", "") == first
+    hashed = [set(re.findall(r'id="([mp][0-9a-f]{10})"', text)) for text in (first, other)]
+    assert all(hashed)
+    assert hashed[0].isdisjoint(hashed[1])
+
+
+def test_a_report_shows_what_every_other_stage_has_cost(tmp_path: Path) -> None:
+    state: dict[str, dict[str, Any]] = {label: {"seconds": 1.0} for label in ("1.report", "2.seeds", "2.report")}
+    settings = settings_at(tmp_path, trainer__round=2)
+    assert [label for label, _ in stage_rows(settings, state)] == ["1.report", "2.seeds"]

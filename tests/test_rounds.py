@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import round_world
+import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 
 from services.trainer import run_state
-from services.trainer.__main__ import STAGES, chosen, only_driver, place
+from services.trainer.__main__ import STAGES, chosen, only_driver, place, run_stage
 from services.trainer.paths import run_paths
 from services.trainer.questions import question_settings
 from services.trainer.rounds import Role, paths_of, proposer_settings, solver_settings
@@ -23,6 +25,15 @@ from shared.files import ArtifactError, publish, read_manifest
 from shared.settings import Settings, as_environment, build_settings, changed, profiles
 
 ROOT = Path(__file__).parents[1]
+TIMED_WITHOUT_END = """
+import signal, sys
+from pathlib import Path
+from services.trainer import run_state
+from shared.settings import Settings
+run_state.BEAT_S = 0.05
+with run_state.RunState(Path(sys.argv[1]), Settings()).timing("1.train", Path(sys.argv[1]) / "artifact"):
+    signal.pause()
+"""
 
 
 def settings_at(place: Path, **more: str) -> Settings:
@@ -30,10 +41,11 @@ def settings_at(place: Path, **more: str) -> Settings:
     return build_settings({"DRZERO_STORAGE__DATA_DIR": str(place / "data"), **more})
 
 
-def questions_of(settings: Settings, number: int, *, train: int, held_out: int) -> None:
+def questions_of(settings: Settings, number: int, *, train: int, held_out: int, **rejected: int) -> None:
     """Publish an artifact of so many questions in a round."""
     with publish(paths_of(settings, number, "solver").questions, settings={}, made_from={}) as draft:
-        draft.counts = {"train": train, "held_out": held_out}
+        draft.counts = {"train": train, "held_out": held_out, "candidates": train + held_out + sum(rejected.values())}
+        draft.counts |= {f"rejected_{reason}": count for reason, count in rejected.items()}
 
 
 # ---- settings of a role ----------------------------------------------------------------------------------------------
@@ -196,6 +208,45 @@ def test_too_few_questions_are_refused_with_what_to_change(tmp_path: Path, train
         solver_settings(settings, 1)
 
 
+def refusal(folder: Path, *, train: int, held_out: int, **rejected: int) -> str:
+    """What the solver's settings are refused with, for so many questions."""
+    settings = settings_at(folder)
+    questions_of(settings, 1, train=train, held_out=held_out, **rejected)
+    with pytest.raises(UsageError) as refused:
+        solver_settings(settings, 1)
+    return str(refused.value)
+
+
+def test_a_lower_number_of_prompts_is_proposed_only_where_it_helps(tmp_path: Path) -> None:
+    lower = "lower DRZERO_TRAINER__SOLVER__PROMPTS_PER_STEP to 1"
+    assert lower in refusal(tmp_path / "few", train=1, held_out=1)
+    assert "lower" not in refusal(tmp_path / "none", train=0, held_out=1)
+    unkept = refusal(tmp_path / "unkept", train=1, held_out=0)
+    assert "lower" not in unkept
+    assert "as soon as two papers have verified questions" in unkept
+
+
+REASONS = {
+    "malformed": "DRZERO_TRAINER__STEPS", "not_answerable": "lower DRZERO_TRAINER__QUESTIONS__MIN_WITH_EVIDENCE",
+    "known": "raise DRZERO_TRAINER__QUESTIONS__MAX_WITHOUT", "duplicate": "raise DRZERO_TRAINER__QUESTIONS__LIKENESS",
+    "held_out_paper": "lower DRZERO_TRAINER__QUESTIONS__HELD_OUT_SHARE", "evaluation_paper": "ingest more papers",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("worst", REASONS)
+def test_the_commonest_reason_of_a_rejection_is_named_with_its_setting(tmp_path: Path, worst: str) -> None:
+    said = refusal(tmp_path, train=0, held_out=1, **{reason: 9 if reason == worst else 2 for reason in REASONS})
+    assert f"9 of 20 candidates were rejected as `{worst}`: " in said
+    assert REASONS[worst] in said
+    assert not any(words in said for reason, words in REASONS.items() if reason != worst)
+
+
+@pytest.mark.parametrize("share", [0, 1])
+def test_neither_none_nor_all_of_the_papers_can_be_kept_out(share: int) -> None:
+    with pytest.raises(ValueError, match=r"held_out_share is '.' *: "):
+        build_settings({"DRZERO_TRAINER__QUESTIONS__HELD_OUT_SHARE": str(share)})
+
+
 def test_without_questions_the_artifact_that_lacks_is_named(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"expected the artifact .*questions, found none"):
         solver_settings(settings_at(tmp_path), 1)
@@ -283,6 +334,82 @@ def test_a_driver_that_was_killed_leaves_the_run_free(tmp_path: Path) -> None:
         pass
 
 
+# ---- what a stage needs before it begins -----------------------------------------------------------------------------
+
+
+def spoil(file: Path, how: str) -> None:
+    """Swap, truncate or remove a file of an artifact."""
+    if how == "missing":
+        file.unlink()
+    else:
+        text = file.read_text(encoding="utf-8")
+        file.write_text(text[:-1] if how == "truncated" else text.replace("?", "!"), encoding="utf-8")
+
+
+def second_round(place: Path, url: str) -> Settings:
+    """A run with a first round, and all of the second that its trainings need."""
+    settings = round_world.settings_at(place, url, trainer__iterations=2, trainer__solver__prompts_per_step=1)
+    rows = [round_world.question_of(f"{n}", f"Question {n}?", "zinc", held_out=n == 0) for n in range(3)]
+    for number in (1, 2):
+        round_world.publish_round(settings, number, rows)
+    for role in ("proposer", "solver"):
+        paths = paths_of(settings, 2, role)
+        round_world.publish_files(paths.seeds, {"seeds": role})
+        paths.training.unlink()
+    return settings
+
+
+@pytest.mark.parametrize("how", ["swapped", "truncated", "missing"])
+@pytest.mark.parametrize(("stage", "role"), [("train", "proposer"), ("train", "solver"), ("solver_train", "solver")])
+def test_a_training_never_begins_with_weights_that_are_not_those_of_the_round_before(
+    tmp_path: Path, stage: str, role: Role, how: str
+) -> None:
+    with round_world.world_of(lambda _: "") as world:
+        settings = second_round(tmp_path, world.url)
+        spoil(paths_of(settings, 1, role).weights / "tokenizer.json", how)
+        state = RunState(tmp_path, settings)
+        with pytest.raises(UsageError, match=rf"1/{role}/weights.*tokenizer\.json.*make .* again"):
+            run_stage(2, stage, settings, state, structlog.get_logger())
+    assert (world.chats, world.loaded) == ([], [])
+    assert not settings.storage.scratch_dir.exists()
+    assert state.stages[f"2.{stage}"]["finished"] is None
+
+
+@pytest.mark.parametrize(("stage", "role"), [("train", "proposer"), ("train", "solver"), ("solver_train", "solver")])
+def test_a_training_never_begins_with_whole_weights_that_are_somebody_elses(
+    tmp_path: Path, stage: str, role: Role
+) -> None:
+    with round_world.world_of(lambda _: "") as world:
+        settings = second_round(tmp_path, world.url)
+        round_world.publish_weights_at(tmp_path / "elsewhere" / "weights", "of another run")
+        weights = paths_of(settings, 1, role).weights
+        weights.unlink()
+        weights.symlink_to(tmp_path / "elsewhere" / "weights")
+        with pytest.raises(UsageError, match=rf"expected the weights of training .* in .*1/{role}/weights, found"):
+            run_stage(2, stage, settings, RunState(tmp_path, settings), structlog.get_logger())
+    assert not settings.storage.scratch_dir.exists()
+
+
+@pytest.mark.parametrize("how", ["swapped", "truncated", "missing"])
+def test_a_proposer_whose_weights_are_damaged_writes_no_questions(tmp_path: Path, how: str) -> None:
+    with round_world.world_of(lambda _: "") as world:
+        settings = second_round(tmp_path, world.url)
+        spoil(paths_of(settings, 2, "proposer").weights / "tokenizer.json", how)
+        with pytest.raises(ArtifactError, match=r"tokenizer\.json"):
+            run_stage(2, "questions", settings, RunState(tmp_path, settings), structlog.get_logger())
+    assert (world.chats, world.loaded) == ([], [])
+
+
+def test_a_stage_begins_only_within_the_budget(tmp_path: Path) -> None:
+    settings = changed(settings_at(tmp_path), {"storage.budget_gb": 1e-6})
+    with publish(tmp_path / "data" / "corpus", settings={}, made_from={}) as draft:
+        (draft.path / "shard").write_bytes(b"x" * 2000)
+    state = RunState(tmp_path, settings)
+    with pytest.raises(ArtifactError, match=r"DRZERO_STORAGE__BUDGET_GB = 1e-06; .*--prune"):
+        run_stage(1, "seeds", settings, state, structlog.get_logger())
+    assert state.stages == {}
+
+
 # ---- what it has cost ------------------------------------------------------------------------------------------------
 
 
@@ -293,7 +420,7 @@ def test_interrupted_parts_add_up_and_what_is_reused_costs_nothing_again(tmp_pat
     with pytest.raises(RuntimeError), state.timing("1.seeds", artifact):
         raise RuntimeError
     assert state.stages["1.seeds"]["artifact"] is None
-    state.stages["1.seeds"]["seconds"] = 100.0
+    state.stages["1.seeds"]["unfinished"]["seconds"] = 100.0
     with state.timing("1.seeds", artifact), publish(artifact, settings={}, made_from={}):
         pass
     finished = read_state(tmp_path)["1.seeds"]
@@ -303,6 +430,26 @@ def test_interrupted_parts_add_up_and_what_is_reused_costs_nothing_again(tmp_pat
     with RunState(tmp_path, settings).timing("1.seeds", artifact):
         pass
     assert read_state(tmp_path)["1.seeds"] == finished
+
+
+def test_of_a_driver_that_is_killed_only_the_last_seconds_are_lost(tmp_path: Path) -> None:
+    artifact = tmp_path / "artifact"
+    driver = subprocess.Popen([sys.executable, "-c", TIMED_WITHOUT_END, str(tmp_path)], cwd=ROOT)
+    try:
+        noted = 0.0
+        while noted < 0.3:
+            assert driver.poll() is None
+            noted = read_state(tmp_path).get("1.train", {"unfinished": {"seconds": 0.0}})["unfinished"]["seconds"]
+    finally:
+        driver.kill()
+        driver.wait()
+    assert read_state(tmp_path)["1.train"]["finished"] is None
+    state = RunState(tmp_path, settings_at(tmp_path))
+    with state.timing("1.train", artifact), publish(artifact, settings={}, made_from={}):
+        pass
+    assert noted - 0.1 <= read_state(tmp_path)["1.train"]["seconds"] < 60
+    assert read_state(tmp_path)["1.train"]["unfinished"] is None
+    assert not list(tmp_path.glob(".state.json.*"))
 
 
 def test_what_is_made_again_is_counted_anew(tmp_path: Path) -> None:
@@ -322,7 +469,7 @@ def test_a_remake_that_was_interrupted_counts_with_the_rest_of_it_and_not_with_w
     state.stages["1.seeds"]["seconds"] = 1000.0
     with pytest.raises(RuntimeError), state.timing("1.seeds", artifact):
         raise RuntimeError
-    state.stages["1.seeds"]["seconds"] = 100.0
+    state.stages["1.seeds"]["unfinished"]["seconds"] = 100.0
     again = RunState(tmp_path, settings_at(tmp_path))
     again.stages = state.stages
     with again.timing("1.seeds", artifact), publish(artifact, settings={"version": 2}, made_from={}):
@@ -331,6 +478,39 @@ def test_a_remake_that_was_interrupted_counts_with_the_rest_of_it_and_not_with_w
     assert 100 <= found["seconds"] < 160
     assert found["artifact"] == read_manifest(artifact).identity
     assert found["finished"] is not None
+    assert found["unfinished"] is None
+
+
+def test_a_finished_account_outlives_a_remake_that_fails_and_is_given_up(tmp_path: Path) -> None:
+    state, artifact = RunState(tmp_path, settings_at(tmp_path)), tmp_path / "artifact"
+    with state.timing("1.seeds", artifact), publish(artifact, settings={}, made_from={}):
+        pass
+    state.stages["1.seeds"]["seconds"] = 1000.0
+    finished = dict(state.stages["1.seeds"])
+    for _ in range(2):
+        with pytest.raises(RuntimeError), state.timing("1.seeds", artifact):
+            raise RuntimeError
+        state.stages["1.seeds"]["unfinished"]["seconds"] += 50
+    with state.timing("1.seeds", artifact):
+        pass  # the settings are as before, and the artifact is reused
+    found = state.stages["1.seeds"]
+    assert found | {"unfinished": None} == finished
+    assert 100 <= found["unfinished"]["seconds"] < 160
+    with state.timing("1.seeds", artifact), publish(artifact, settings={"version": 2}, made_from={}):
+        pass
+    found = read_state(tmp_path)["1.seeds"]
+    assert 100 <= found["seconds"] < 160  # what failed is paid once, by what finished in the end
+    assert found["unfinished"] is None
+
+
+def test_a_stage_that_has_never_finished_has_an_account_of_nothing_but_what_is_unfinished(tmp_path: Path) -> None:
+    state = RunState(tmp_path, settings_at(tmp_path, DRZERO_TRAINER__PRICE_PER_HOUR="3600"))
+    with pytest.raises(RuntimeError), state.timing("1.seeds", tmp_path / "artifact"):
+        raise RuntimeError
+    found = read_state(tmp_path)["1.seeds"]
+    assert (found["artifact"], found["finished"], found["seconds"], found["cost"]) == (None, None, 0.0, None)
+    assert found["unfinished"].keys() == {"seconds", "energy_wh", "cost"}
+    assert found["unfinished"]["cost"] == pytest.approx(found["unfinished"]["seconds"], abs=0.1)
 
 
 def test_each_stage_has_its_own_account_and_another_process_reads_them_all(tmp_path: Path) -> None:

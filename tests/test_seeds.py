@@ -175,6 +175,21 @@ def test_papers_of_an_evaluation_set_are_never_drawn(tmp_path: Path) -> None:
     assert again.left_out["excluded"] == 3
 
 
+def test_all_papers_of_a_bioasq_question_are_barred(tmp_path: Path) -> None:
+    drawn = draw_seeds(PAPERS, SETTINGS, NONE)
+    planted = [drawn.train[0].pmid, drawn.held_out[0].pmid, drawn.questions[0].pmid]
+    addresses = [f"http://www.ncbi.nlm.nih.gov/pubmed/{pmid}" for pmid in planted]
+    question = {
+        "id": "1", "type": "factoid", "body": "Why?", "exact_answer": ["so"], "documents": addresses[:2],
+        "snippets": [{"document": addresses[2], "text": "So."}],
+    }  # fmt: skip
+    (tmp_path / "task.json").write_text(json.dumps({"questions": [question]}), encoding="utf-8")
+    settings = SETTINGS.model_copy(update={"evaluation": EvaluationSettings(sets=(tmp_path / "task.json",))})
+    assert barred_pmids(settings) == set(planted)
+    again = draw_seeds(PAPERS, settings, barred_pmids(settings))
+    assert not set(planted) & {seed.pmid for seed in [*again.train, *again.held_out, *again.questions]}
+
+
 # --- which papers
 
 

@@ -192,7 +192,7 @@ def test_sglangs_command_carries_the_settings() -> None:
     words = sglang_command(SolverSettings(port=9001, max_running=7), "/models/x")
     assert words[-2:] == ["--disable-piecewise-cuda-graph", "--enable-metrics"]
     flags = dict(zip(words[2:-2:2], words[3:-2:2], strict=True))
-    assert words[:2] == ["-m", "sglang.launch_server"]
+    assert words[:2] == ["-m", "services.solver.sglang_server"]
     assert flags["--port"] == "9001"
     assert flags["--model-path"] == "/models/x"
     assert flags["--max-running-requests"] == flags["--cuda-graph-max-bs"] == "7"

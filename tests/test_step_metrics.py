@@ -338,13 +338,15 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
 def test_the_report_is_that_of_the_newest_round_and_until_then_none(tmp_path: Path) -> None:
     (tmp_path / "state.json").write_text("{}", encoding="utf-8")
     with served(tmp_path) as (_, client):
-        assert client.get("/report").status_code == 404
+        assert client.get("/report").status_code == client.get("/safety.html").status_code == 404
         for number in (9, 10, 2):  # 10 comes after 9, and what is written last is not the newest round
             with publish(tmp_path / str(number) / "report", settings={}, made_from={}) as draft:
                 (draft.path / "report.html").write_text(f"<p>Round {number}</p>", encoding="utf-8")
-            reply = client.get("/report")
-            assert (reply.status_code, reply.text) == (200, f"<p>Round {max(number, 9 if number == 9 else 10)}</p>")
-            assert reply.headers["content-type"].startswith("text/html")
+                (draft.path / "safety.html").write_text(f"<p>Safety {number}</p>", encoding="utf-8")
+            for place, word in (("/report", "Round"), ("/safety.html", "Safety")):
+                reply = client.get(place)
+                assert (reply.status_code, reply.text) == (200, f"<p>{word} {9 if number == 9 else 10}</p>")
+                assert reply.headers["content-type"].startswith("text/html")
 
 
 def series(page: httpx.Client) -> dict[tuple[str, ...], float]:

@@ -3,7 +3,9 @@
 import json
 import math
 import os
+import shutil
 import time
+import zipfile
 from pathlib import Path
 
 import round_world
@@ -13,6 +15,7 @@ from services.trainer.evaluate import interval
 from services.trainer.paths import run_paths
 from services.trainer.records import (
     HELD_OUT,
+    KEPT,
     TRAIN,
     append_refusal,
     compact,
@@ -31,7 +34,7 @@ def write_checkpoint(folder: Path, step: int, *, complete: bool = True) -> None:
     (actor / "model_world_size_1_rank_0.pt").write_bytes(b"x")
     (actor / "huggingface" / "model.safetensors").write_bytes(b"x")
     if complete:
-        (actor.parent / "data.pt").write_bytes(b"x")
+        zipfile.ZipFile(actor.parent / "data.pt", "w").close()
 
 
 def verdict(split: str, step: int, index: int, score: float = 0.5) -> dict[str, object]:
@@ -54,6 +57,19 @@ def test_a_checkpoint_without_its_last_file_is_none(tmp_path: Path) -> None:
     assert not (tmp_path / "global_step_11").exists()
     prune(tmp_path, 1)
     assert [p.name for p in tmp_path.iterdir()] == ["global_step_10"]
+
+
+def test_a_checkpoint_whose_last_file_was_cut_off_is_none(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, 1)
+    last = tmp_path / "global_step_1" / "data.pt"
+    with zipfile.ZipFile(last, "w") as archive:
+        archive.writestr("state", "the position in the data")
+    whole = last.read_bytes()
+    for size in range(len(whole)):
+        last.write_bytes(whole[:size])
+        assert newest_checkpoint(tmp_path) is None
+    last.write_bytes(whole)
+    assert newest_checkpoint(tmp_path) is not None
 
 
 def test_the_last_good_checkpoint_outlives_the_rotation_and_becomes_the_newest_again(tmp_path: Path) -> None:
@@ -112,6 +128,25 @@ def test_a_resume_keeps_finished_steps_and_whole_validations_only(tmp_path: Path
         compact(log, through=2, validation_stands=lambda found: len(found) == 2)
         assert sorted(read_verdicts(log, TRAIN)) == [1, 2]
         assert sorted(read_verdicts(log, HELD_OUT)) == [0]
+
+
+def test_a_resume_that_is_killed_itself_loses_no_verdict_and_has_none_twice(tmp_path: Path) -> None:
+    first, log = tmp_path / "first", tmp_path / "log"
+    write_verdicts(first, [verdict(TRAIN, step, i) for step in (1, 2, 3) for i in (0, 1)])
+    (first / "verdicts-5.jsonl").write_text(json.dumps(verdict(TRAIN, 2, 2)) + "\n")
+    done = shutil.copytree(first, tmp_path / "done")
+    compact(done, through=2, validation_stands=bool)
+    wanted = read_verdicts(done, TRAIN)
+    assert [len(rows) for rows in wanted.values()] == [2, 3]
+    # Killed when what is kept was written, and then after each file that it replaces was removed.
+    for removed in ((), ("verdicts-5.jsonl",), ("verdicts-5.jsonl", "verdicts-77.jsonl")):
+        shutil.copytree(first, log)
+        shutil.copy(done / "verdicts-0.jsonl", log / KEPT)
+        for name in removed:
+            (log / name).unlink()
+        compact(log, through=2, validation_stands=bool)
+        assert read_verdicts(log, TRAIN) == wanted
+        shutil.rmtree(log)
 
 
 def test_a_resume_forgets_the_metrics_of_steps_that_will_be_repeated(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Watching a run of verl: finished steps, alarms, waits, outages and stalls, from the files a run writes."""
 
 import json
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def write_checkpoint(paths: RunPaths, step: int) -> None:
     (actor / "huggingface").mkdir(parents=True)
     (actor / "model_world_size_1_rank_0.pt").write_bytes(b"x")
     (actor / "huggingface" / "model.safetensors").write_bytes(bytes([step]))
-    (actor.parent / "data.pt").write_bytes(b"x")
+    zipfile.ZipFile(actor.parent / "data.pt", "w").close()
 
 
 def test_each_finished_step_is_reported_once(settings: Settings) -> None:
@@ -116,7 +117,7 @@ def test_a_collapse_warns_first_then_stops_with_the_last_good_checkpoint_kept(se
     assert problem.good_step == 1
     with publish(paths.seeds, settings={}, made_from={}) as draft:
         draft.rows = 0
-    text = give_up(problem.text, problem.good_step, paths)
+    text = give_up(problem.text, problem.good_step, settings, paths)
     assert "step 1" in text
     assert "entropy" in text
     assert str(paths.last_good.resolve()) in text

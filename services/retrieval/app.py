@@ -21,6 +21,7 @@ from services.retrieval.page import page_routes
 from services.retrieval.routes import ClientGone, paper_routes, probe_routes, search_routes
 from services.retrieval.search import Searcher
 from services.retrieval.service import NotReady, SearchService
+from shared.access import Access, api_token
 from shared.settings import RetrievalSettings, Settings
 
 RETRY_AFTER_S = 1
@@ -56,6 +57,7 @@ def create_app(
     app.add_exception_handler(NotReady, _come_back)
     app.add_exception_handler(Busy, _come_back)
     app.add_exception_handler(ClientGone, _gone)
+    app.add_middleware(Access, token=api_token())
     app.add_middleware(Border, most_bytes=most_bytes(settings.retrieval))
     return app
 

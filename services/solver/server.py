@@ -22,7 +22,9 @@ from fastapi.responses import JSONResponse
 from prometheus_client import Counter, Gauge, Histogram
 from pydantic import BaseModel
 
+from shared.access import Access, api_token
 from shared.generation import GenerationEngine, GenerationError, load_engine, load_folder
+from shared.hang_up import unless_gone
 from shared.hardware import cpu_dtype
 from shared.metrics import REGISTRY, SECONDS, from_zero, metrics_text
 from shared.settings import SolverSettings
@@ -163,24 +165,6 @@ def objection(body: Mapping[str, Any]) -> str:
     return ""
 
 
-async def unless_gone(request: Request, work: Awaitable[Response]) -> Response:
-    """The reply of `work`; when the client hangs up before, `work` is cancelled and the reply is for nobody."""
-    reply, gone = asyncio.ensure_future(work), asyncio.ensure_future(hang_up(request))
-    try:
-        await asyncio.wait((reply, gone), return_when=asyncio.FIRST_COMPLETED)
-        return reply.result() if reply.done() else Response(status_code=CLIENT_GONE)
-    finally:
-        reply.cancel()
-        gone.cancel()
-        await asyncio.gather(reply, gone, return_exceptions=True)
-
-
-async def hang_up(request: Request) -> None:
-    """Wait until the client of a request whose body is read closes the connection."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
 def create_app(solver: SolverSettings, folder: str) -> FastAPI:
     """The FastAPI application; the model is loaded when the application starts."""
     served: list[Served] = []
@@ -193,6 +177,7 @@ def create_app(solver: SolverSettings, folder: str) -> FastAPI:
         served[0].engine.stop()
 
     app = FastAPI(title="Dr. Zero solver", lifespan=lifespan)
+    app.add_middleware(Access, token=api_token())
 
     @app.exception_handler(GenerationError)
     async def refuse(_: Request, error: Exception) -> JSONResponse:
@@ -218,7 +203,7 @@ def create_app(solver: SolverSettings, folder: str) -> FastAPI:
         REGEX.set(body.pop("regex", None))
         status = "error"
         try:
-            response = await unless_gone(request, work(body, request_id))
+            response = await unless_gone(request.receive, work(body, request_id)) or Response(status_code=CLIENT_GONE)
             status = str(response.status_code)
             response.headers["x-request-id"] = request_id
             return response

@@ -27,7 +27,7 @@ def sglang_command(solver: SolverSettings, folder: str) -> list[str]:
         "--attention-backend": solver.sglang.attention_backend,
         "--sampling-backend": solver.sglang.sampling_backend,
     }
-    words = ["-m", "sglang.launch_server"]
+    words = ["-m", "services.solver.sglang_server"]
     for name, value in flags.items():
         words += [name, str(value)]
     # Graphs of prompt passes take a dozen seconds to capture, and prompts here are long enough to do without.

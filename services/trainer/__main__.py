@@ -26,6 +26,7 @@ from services.trainer.rounds import Role, proposer_settings, solver_settings
 from services.trainer.run_state import RunState
 from services.trainer.seeds import make_seeds
 from services.trainer.solver_seeds import make_solver_seeds
+from services.trainer.storage import LOCK, require_budget, warn_of_budget
 from services.trainer.train import train
 from shared.command import UsageError, run
 from shared.gpu import self_test
@@ -64,6 +65,7 @@ def main(first: str, last: str, settings: Settings, log: structlog.stdlib.BoundL
     trains = any(name in ("train", "solver_train") for _, name in places)
     if trains and settings.trainer.ray_address is None:  # a cluster's GPUs are elsewhere
         self_test(settings, "trainer", log)
+    warn_of_budget(settings, log)
     with only_driver(paths.run):
         server = status.serve_in_background(settings.trainer, paths.run)
         state = RunState(paths.run, settings)
@@ -86,6 +88,7 @@ def run_stage(number: int, name: str, settings: Settings, state: RunState, log: 
     structlog.contextvars.bind_contextvars(stage=label)
     own = proposer_settings(settings, number) if stage.role == "proposer" else solver_settings(settings, number)
     paths = run_paths(own)
+    require_budget(own)
     with state.timing(label, stage.artifact(paths)):
         stage.work(own, paths, log)
 
@@ -119,7 +122,7 @@ def place(text: str, default: int, rounds: int) -> Place:
 def only_driver(folder: Path) -> Iterator[None]:
     """Raise UsageError when another process drives this run."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".driver.lock").open("w") as stream:
+    with (folder / LOCK).open("w") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

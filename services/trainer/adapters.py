@@ -15,18 +15,15 @@ META = "lora_train_meta.json"  # in the folder `actor` of a checkpoint
 PREFIX, BASE, DOWN, UP = "base_model.model.", ".base_layer", ".lora_A.default", ".lora_B.default"
 
 
-def merge_adapters(actor: Path, folder: Path) -> None:
-    """Rewrite the safetensors of `folder`, copied from the checkpoint folder `actor`, with its adapters merged."""
+def merged_checkpoint(actor: Path) -> dict[str, Any] | None:
+    """All tensors of the checkpoint folder `actor` with its adapters merged; None where it has no adapters."""
     if not (actor / META).is_file():
-        return
-    from safetensors.torch import load_file, save_file
+        return None
+    from safetensors.torch import load_file
 
     meta = json.loads((actor / META).read_text(encoding="utf-8"))
-    files = sorted(folder.glob("*.safetensors"))
-    tensors = merged({k: v for file in files for k, v in load_file(file).items()}, meta["lora_alpha"] / meta["r"])
-    for file in [*files, folder / "model.safetensors.index.json"]:
-        file.unlink(missing_ok=True)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    files = sorted((actor / "huggingface").glob("*.safetensors"))
+    return merged({k: v for file in files for k, v in load_file(file).items()}, meta["lora_alpha"] / meta["r"])
 
 
 def merged(tensors: Mapping[str, Any], scale: float) -> dict[str, Any]:

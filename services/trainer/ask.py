@@ -25,7 +25,7 @@ from services.trainer.protocol import solver_messages
 from services.trainer.serving import served_by
 from services.trainer.tokens import Tokens
 from shared.clients import SearchClient, ServiceError, SolverClient
-from shared.command import UsageError, run
+from shared.command import UsageError, plain, run
 from shared.model_files import resolve_model
 from shared.records import Hit, Paper
 from shared.settings import Settings
@@ -38,7 +38,6 @@ OUTCOMES = {
     "length": "The model ran out of room before it came to an answer.",
 }
 BEGINS_ACTING = re.compile(r"<(?:tool_call|answer)>")
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what a terminal might obey; line feeds and tabs stay
 
 Say = Callable[[str], None]
 
@@ -89,6 +88,8 @@ class HeardSearch(SearchClient):
 
     async def search(self, queries: list[str], top_k: int, *, patience_s: float | None = None) -> list[list[Hit]]:
         """As SearchClient's."""
+        for query in queries:
+            self._say(f"searches: {query}")
         results = await super().search(queries, top_k, patience_s=patience_s)
         found = {hit.paper.pmid: hit.paper for hits in results for hit in hits}
         self.papers |= found
@@ -97,14 +98,16 @@ class HeardSearch(SearchClient):
         return results
 
 
-def checked_question(text: str, settings: Settings) -> str:
-    """The question as it is asked; UsageError when there is none or it is too long to be searched for."""
+def checked_question(text: str, settings: Settings, what: str = "question") -> str:
+    """The question, or topic, as it is asked; UsageError when there is none or it is too long to be searched for."""
     question = text.strip().encode("utf-8", "replace").decode()
     most = settings.retrieval.max_query_chars
-    if not 0 < len(question) <= most:
+    if not question:
+        raise UsageError(f"expected a {what}, found none; give one")
+    if len(question) > most:
         raise UsageError(
-            f"expected a question of 1 to {most} characters (DRZERO_RETRIEVAL__MAX_QUERY_CHARS), found one of "
-            f"{len(question)}; ask it in other words"
+            f"expected a {what} of at most {most} characters (DRZERO_RETRIEVAL__MAX_QUERY_CHARS), found one of "
+            f"{len(question)}; shorten it"
         )
     return question
 
@@ -126,9 +129,8 @@ async def answer_question(
     manner = solver_manner(settings)
 
     def done(turn: str) -> bool:
-        thought, queries = thought_of(turn), [f"searches: {query}" for query in queries_of(turn)]
-        for line in filter(None, [thought, *queries]):
-            say(line)
+        if thought := thought_of(turn):
+            say(thought)
         return manner.done(turn)
 
     async with (
@@ -198,14 +200,9 @@ def source_of(pmid: str, papers: Mapping[str, Paper]) -> Source:
 # --- for people
 
 
-def plain(text: str) -> str:
-    """A text without what a terminal might obey."""
-    return CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
-
-
 def summary(answer: Answer) -> list[str]:
     """The lines that follow when the model has ended."""
-    lines = ["", f"Answer: {answer.answer}" if answer.answer else OUTCOMES.get(answer.ended, OUTCOMES["no_answer"])]
+    lines = ["", f"Answer: {answer.answer}" if answer.answer else OUTCOMES[answer.ended]]
     if answer.sources:
         lines += ["", "Papers:"]
     for one in answer.sources:

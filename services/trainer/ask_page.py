@@ -7,7 +7,7 @@ place.
 """
 
 import asyncio
-from collections.abc import Awaitable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
@@ -19,14 +19,17 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from services.trainer.ask import NOTICE, OUTCOMES, Answer, answer_question, checked_question, served_tokens
 from services.trainer.conversations import TokenMeasure
+from shared.access import Access, api_token
 from shared.clients import ServiceError
 from shared.command import UsageError
+from shared.hang_up import unless_gone
 from shared.settings import Settings
 from shared.sockets import listen
 
 FOLDER = Path(__file__).parent
 AT_ONCE = 4  # questions; a person's page, not a service for programs
 RETRY_AFTER_S = 10
+STOPS_WITHIN_S = 5  # what is not answered then is given up
 CLIENT_GONE = 499  # read by nobody
 HEADERS: Mapping[str, str] = {
     "Content-Security-Policy": "default-src 'none'; style-src 'self'; img-src data:; form-action 'self'; "
@@ -42,14 +45,16 @@ def serve_page(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
     trainer = settings.trainer
     listener = listen("trainer", trainer.host, trainer.port)
     app = create_app(settings, served_tokens(settings))
-    log.info("page", address=f"http://{trainer.host}:{trainer.port}/")
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
+    log.info("questions are answered", address=f"http://{trainer.host}:{trainer.port}/")
+    config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=STOPS_WITHIN_S)
+    server = uvicorn.Server(config)
     asyncio.run(server.serve(sockets=[listener]))
 
 
 def create_app(settings: Settings, tokens: TokenMeasure) -> FastAPI:
     """GET / and its style sheet."""
     app = FastAPI(title="Dr. Zero answers", openapi_url=None)
+    app.add_middleware(Access, token=api_token())
     places = asyncio.Semaphore(AT_ONCE)
 
     @app.get("/")
@@ -65,7 +70,7 @@ def create_app(settings: Settings, tokens: TokenMeasure) -> FastAPI:
             return shown(question, settings, problem=f"{AT_ONCE} questions are being answered; try again", status=503)
         try:
             async with places:
-                answer = await unless_gone(request, answer_question(question, settings, tokens))
+                answer = await unless_gone(request.receive, answer_question(question, settings, tokens))
         except ServiceError as error:
             return shown(question, settings, problem=str(error), status=503)
         return Response(status_code=CLIENT_GONE) if answer is None else shown(question, settings, answer=answer)
@@ -91,24 +96,6 @@ def shown(
     )
     headers = dict(HEADERS) | ({"Retry-After": str(RETRY_AFTER_S)} if status == 503 else {})
     return HTMLResponse(html, status, headers=headers)
-
-
-async def unless_gone(request: Request, work: Awaitable[Answer]) -> Answer | None:
-    """The answer of `work`; when the browser hangs up before, `work` is cancelled and there is none."""
-    answer, gone = asyncio.ensure_future(work), asyncio.ensure_future(hang_up(request))
-    try:
-        await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
-        return answer.result() if answer.done() else None
-    finally:
-        answer.cancel()
-        gone.cancel()
-        await asyncio.gather(answer, gone, return_exceptions=True)
-
-
-async def hang_up(request: Request) -> None:
-    """Wait until the browser closes the connection."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 @cache

@@ -1,7 +1,8 @@
 """What questions are made of: candidates that a proposer writes, and the solver's answers that verify them.
 
 Over HTTP, with the model that :8001 serves at the moment: first the proposer, then the round's solver. Both go through
-a journal. A service that stays away ends the stage; the same command goes on from the journal.
+a journal. A service that stays away ends the stage; the same command goes on from the journal. A conversation that
+takes longer than `trainer.rollout_deadline_s` ends as it is, as long as both services are there.
 """
 
 import time
@@ -88,13 +89,28 @@ async def check_candidates(settings: Settings, wanted: Sequence[Row], file: Path
             return await journalled(file, list(by_name), check, at_once=at_once, progress=progress)
 
 
-async def hold(conversations: Conversations, talk: Talk, manner: Manner) -> None:
-    """Hold a talk to its end; one that outgrows the context ends as it is, any other failure of a service is raised."""
+async def hold(conversations: Conversations, talk: Talk, manner: Manner) -> str:
+    """Hold a talk to its end and say why it ended: as `Conversations.hold`, or `deadline`.
+
+    A talk that outgrows the context ends as it is, and so does one that is overdue when both services still work; any
+    other failure of a service is raised.
+    """
     try:
-        await conversations.hold(talk, manner)
+        return await conversations.hold(talk, manner)
     except ServiceError as error:
-        if ended_by(error) != "length":
+        ended = ended_by(error)
+        if ended not in ("length", "deadline"):
             raise
+    if ended == "deadline":
+        await require_work(conversations, manner)
+    return ended
+
+
+async def require_work(conversations: Conversations, manner: Manner) -> None:
+    """Raise ServiceError unless the model gives a token and the search an answer, each within its client's patience."""
+    messages = [{"role": "user", "content": "?"}]
+    await conversations.solver.chat({"model": manner.model, "messages": messages, "max_tokens": 1, "temperature": 0.0})
+    await conversations.search.search(["?"], 1)
 
 
 def last_answer(talk: Talk) -> str:

@@ -1,15 +1,16 @@
 """verl's checkpoints on disk: which is the newest that is complete.
 
 verl writes `global_step_<n>/actor`, then `global_step_<n>/data.pt`, then the number n into a tracker file. A kill can
-leave a folder without data.pt, or an empty tracker; neither is taken for a checkpoint or stops a resume.
+leave a folder without data.pt or with a part of it, or an empty tracker; none is taken for a checkpoint or stops a
+resume.
 """
 
 import os
 import re
 import shutil
+import zipfile
 from pathlib import Path
 
-TRACKER = "latest_checkpointed_iteration.txt"
 STEP = re.compile(r"global_step_(\d+)")
 
 
@@ -58,8 +59,7 @@ def is_complete(checkpoint: Path) -> bool:
     """Whether all parts were written: the plain weights, the shards and, last, the position in the data."""
     weights = checkpoint / "actor" / "huggingface"
     return (
-        (checkpoint / "data.pt").is_file()
-        and (checkpoint / "data.pt").stat().st_size > 0
+        zipfile.is_zipfile(checkpoint / "data.pt")  # torch's files are; its directory is written last
         and any(weights.glob("*.safetensors"))
         and any((checkpoint / "actor").glob("model_world_size_*.pt"))
     )
@@ -70,6 +70,14 @@ def discard_incomplete(folder: Path) -> None:
     for path in folder.glob("global_step_*"):
         if not is_complete(path):
             shutil.rmtree(path)
+
+
+def discard_all(folder: Path) -> None:
+    """Remove all checkpoints; a kill in the middle leaves none that looks complete."""
+    for last in folder.glob("global_step_*/data.pt"):
+        last.unlink()
+    if folder.is_dir():
+        shutil.rmtree(folder)
 
 
 def prune(folder: Path, keep: int) -> None:

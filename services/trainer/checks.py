@@ -1,22 +1,25 @@
 """What must hold before verl starts: `check_training(settings, paths)`, called by the stage `train`.
 
-Looks at the settings' arithmetic, the seed files and the models (`templates.py`), changes nothing, and raises one
-UsageError that lists every problem with expected, found and the variable to change. What is allowed but worth knowing
-is logged.
+Looks at the settings' arithmetic, the seed files, the weights that it starts from, by hash, and the models
+(`templates.py`), changes nothing, and raises one UsageError that lists every problem with expected, found and the
+variable to change. What is allowed but worth knowing is logged.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import structlog
 
 from services.trainer.fitting import child_processes
 from services.trainer.paths import RunPaths
 from services.trainer.protocol import SOURCE
+from services.trainer.rounds import Role, paths_of
 from services.trainer.templates import model_problems
 from shared.command import UsageError
-from shared.files import ArtifactError
+from shared.files import ArtifactError, read_manifest
+from shared.model_files import resolve_model
+from shared.serving import checked_weights
 from shared.settings import Settings, TrainerSettings
 
 COLUMNS = frozenset({"data_source", "prompt", "ability", "agent_name", "reward_model", "extra_info"})
@@ -29,13 +32,44 @@ def check_training(settings: Settings, paths: RunPaths) -> None:
     # In children, because neither transformers nor the rows of a large draw should stay in memory during training.
     with child_processes(1) as reader, child_processes(1) as child:
         in_seed_files = reader.submit(seed_file_problems, paths.seeds, settings.trainer)
-        in_models = model_problems(settings, child)
+        in_models = weights_problems(settings) or model_problems(settings, child)
         problems = [*arithmetic_problems(settings), *in_seed_files.result(), *in_models]
     if problems:
         raise UsageError("\n- ".join([f"training cannot start, {len(problems)} to mend:", *problems]))
     log: structlog.stdlib.BoundLogger = structlog.get_logger()
     for note in training_notes(settings):
         log.info("worth knowing before training", note=note)
+
+
+# --- weights
+
+
+def weights_problems(settings: Settings) -> list[str]:
+    """What is wrong with the weights of proposer and solver: files without their hashes, or a folder of another run."""
+    problems = []
+    for model in sorted({settings.trainer.actor.model, settings.solver.model}):
+        try:
+            checked_weights(resolve_model(model, settings))
+            if settings.trainer.round > 1:
+                require_origin(model, settings)
+        except ArtifactError as error:
+            problems.append(str(error))
+    return problems
+
+
+def require_origin(model: str, settings: Settings) -> None:
+    """Raise ArtifactError when `model` is where a role's weights of the round before are, and others lie there."""
+    for role in get_args(Role):
+        before = paths_of(settings, settings.trainer.round - 1, role)
+        if model == str(before.weights):
+            expected = read_manifest(before.training).identity
+            found = read_manifest(before.weights).made_from.get("training", "none")
+            if found != expected:
+                stage = "publish" if role == "proposer" else "solver_publish"
+                raise ArtifactError(
+                    f"expected the weights of training {expected[:12]} in {model}, found those of {found[:12]}; run "
+                    f"again from {settings.trainer.round - 1}.{stage}"
+                )
 
 
 # --- settings

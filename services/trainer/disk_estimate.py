@@ -2,9 +2,9 @@
 
     all = corpus + index + models + rounds × (seeds, training, questions, evaluation, report) + models' weights
 
-Weights are most of it. One round keeps two of them, the proposer's and the solver's. With more rounds two stay as well,
-the newest ones, when superseded weights are freed (`disk_parts.py`), but a round's are published while those that they
-were trained from still stand: three at once.
+Weights are most of it: each round keeps two, the proposer's and the solver's, in the precision that they are served in.
+Where superseded ones are freed (`disk_parts.py`), the newest two stay; but a round's are published while those that
+they were trained from still stand: three at once.
 
 Bytes of papers and rollouts were counted on this project's own runs. GB are 10⁹ bytes, as disks count them.
 """
@@ -21,8 +21,8 @@ TOKEN = 5  # of a token of text; 4 to 4.5 in English
 ROW = 4000  # of a rollout, a seed or a question besides its turns; 1,200 counted
 PAGE_GB = 0.02  # the report
 SET_QUESTIONS = 1000  # of an evaluation set that names no limit, as many as PubMedQA has
+SAFETY_PROMPTS = 25  # of safety_prompts.jsonl
 TOKENIZER_GB = 0.02
-# verl writes what it trains, whatever config.json says.
 VALUE = {"float32": 4, "bfloat16": 2}
 
 
@@ -34,10 +34,17 @@ class Estimate:
     each_round: dict[str, float]
     weights: float  # of one model
 
-    def most(self, rounds: int) -> float:
-        """GB at the fullest moment of a run of so many rounds, superseded weights freed as soon as they may be."""
-        small = sum(self.once.values()) + rounds * sum(self.each_round.values())
-        return small + self.weights * (2 if rounds == 1 else 3)
+    def kept(self, rounds: int) -> float:
+        """GB after so many rounds."""
+        return self.small(rounds) + self.weights * 2 * rounds
+
+    def pruned(self, rounds: int) -> float:
+        """GB at the fullest moment of so many rounds when superseded weights are freed as soon as they may be."""
+        return self.small(rounds) + self.weights * (2 if rounds == 1 else 3)
+
+    def small(self, rounds: int) -> float:
+        """GB of everything but weights."""
+        return sum(self.once.values()) + rounds * sum(self.each_round.values())
 
 
 def estimate(settings: Settings) -> Estimate | None:
@@ -46,10 +53,11 @@ def estimate(settings: Settings) -> Estimate | None:
     actor, encoder = model_shape(trainer.actor.model), model_shape(settings.retrieval.encoder.model)
     if actor is None or encoder is None:
         return None
+    stored = trainer.actor.master_dtype if trainer.actor.rollout_dtype == "auto" else trainer.actor.rollout_dtype
     return Estimate(
         once=once_gb(settings, actor, encoder),
         each_round=round_gb(trainer),
-        weights=actor.parameters * VALUE[trainer.actor.master_dtype] / 1e9 + TOKENIZER_GB,
+        weights=actor.parameters * VALUE[stored] / 1e9 + TOKENIZER_GB,
     )
 
 
@@ -76,7 +84,9 @@ def round_gb(trainer: TrainerSettings) -> dict[str, float]:
     papers = trainer.seeds + trainer.eval_seeds + questions.papers
     asked = trainer.evaluation.most or SET_QUESTIONS
     exams = 2 * (
-        len(trainer.evaluation.sets) * asked + round(candidates * questions.held_out_share) * trainer.iterations
+        len(trainer.evaluation.sets) * asked
+        + round(candidates * questions.held_out_share) * trainer.iterations
+        + (SAFETY_PROMPTS if trainer.evaluation.safety else 0)
     )
     return {
         "seeds": (papers + candidates) * (trainer.prompt_tokens * TOKEN + ROW) / 1e9,

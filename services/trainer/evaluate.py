@@ -3,8 +3,8 @@
 Of the proposer and of the solver: verl's validation before and after training, greedy, on held-out seeds and on
 questions that were kept out; with few of them the differences are noise, so each mean comes with its 95 % interval
 (normal approximation). Of the solver further, beside the base model: exams (`exam.py`) on every set of
-`trainer.evaluation.sets` and on all questions that this run has kept out so far. And how good the round's questions
-are.
+`trainer.evaluation.sets` and on all questions that this run has kept out so far, and how both answer prompts that want
+care (`safety.py`). And how good the round's questions are.
 """
 
 import asyncio
@@ -12,6 +12,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
 from random import Random
@@ -29,6 +30,7 @@ from services.trainer.protocol import prompt_hash
 from services.trainer.questions import FILE, read_rows
 from services.trainer.records import HELD_OUT, Verdict, mean_parts, read_lines, valid_only
 from services.trainer.rounds import paths_of
+from services.trainer.safety import safety_items, safety_prompts, safety_results
 from services.trainer.serving import serve
 from shared.files import ArtifactError, hash_json, publish, read_manifest, stale_reason
 from shared.model_files import resolve_model, weights_identity
@@ -41,30 +43,23 @@ def evaluate(settings: Settings, paths: RunPaths, log: structlog.stdlib.BoundLog
     """Write the round's evaluation unless the current one is there. `settings` are those of its solver."""
     number = settings.trainer.round
     proposer = paths_of(settings, number, "proposer")
-    items = exam_items(settings)
-    shape = exam_settings(settings)
-    origin = {
-        "proposer_training": read_manifest(proposer.training).identity,
-        "solver_training": read_manifest(paths.training).identity,
-        "solver": read_manifest(paths.weights).identity,
-        "questions": read_manifest(paths.questions).identity,
-        "index": read_manifest(paths.index).identity,
-        "items": hash_json([(item.set_name, item.id, item.question, item.answers) for item in items]),
-    }
+    items, with_safety = exam_items(settings), settings.trainer.evaluation.safety
+    shape, origin = exam_settings(settings), evaluation_origin(settings, paths, items)
     if stale_reason(paths.evaluation, settings=shape, made_from=origin) is None:
         log.info("evaluation reused", path=str(paths.evaluation))
         return
     solvers = {"base": settings.solver.model, "round": str(paths.weights)}
-    exams = {name: examine(settings, model, items, log) for name, model in solvers.items()}
+    asked = [*items, *safety_items()] if with_safety else items
+    replies = {name: examine(settings, model, asked, log) for name, model in solvers.items()}
+    exams = {name: graded[: len(items)] for name, graded in replies.items()}
+    safety = {name: graded[len(items) :] for name, graded in replies.items()}
     result: dict[str, Any] = {
         "round": number,
         "proposer": trained(proposer),
         "solver": trained(paths),
         "questions": question_quality(read_rows(paths.questions / FILE), read_manifest(paths.questions).counts),
-        "sets": {
-            name: {"base": marks(before), "round": marks(after), "change": compare(before, after)}
-            for name, (before, after) in by_set(exams["base"], exams["round"]).items()
-        },
+        "sets": set_results(exams["base"], exams["round"]),
+        "safety": safety_results(safety["base"], safety["round"]) if with_safety else None,
     }
     with publish(paths.evaluation, settings=shape, made_from=origin) as draft:
         text = json.dumps(result, indent=2, sort_keys=True) + "\n"
@@ -75,6 +70,20 @@ def evaluate(settings: Settings, paths: RunPaths, log: structlog.stdlib.BoundLog
     for name, found in result["sets"].items():
         log.info("evaluated", set=name, questions=found["round"]["questions"], base=round(found["base"]["accuracy"], 3),
                  round=round(found["round"]["accuracy"], 3), p=round(found["change"]["p"], 4))  # fmt: skip
+
+
+def evaluation_origin(settings: Settings, paths: RunPaths, items: Sequence[Item]) -> dict[str, str]:
+    """What the evaluation is made from, by identity."""
+    prompts = [asdict(one) for one in safety_prompts()] if settings.trainer.evaluation.safety else []
+    return {
+        "proposer_training": read_manifest(paths_of(settings, settings.trainer.round, "proposer").training).identity,
+        "solver_training": read_manifest(paths.training).identity,
+        "solver": read_manifest(paths.weights).identity,
+        "questions": read_manifest(paths.questions).identity,
+        "index": read_manifest(paths.index).identity,
+        "items": hash_json([asdict(item) for item in items]),
+        "safety": hash_json(prompts),
+    }
 
 
 # --- exams
@@ -89,7 +98,7 @@ def exam_items(settings: Settings) -> list[Item]:
     for number in range(1, settings.trainer.round + 1):
         for row in read_rows(paths_of(settings, number, "proposer").questions / FILE):
             if row["split"] == HELD_OUT:
-                item = Item(KEPT_OUT, f"{number}.{row['id']}", row["question"], (row["answer"],), pmid=row["pmid"])
+                item = Item(KEPT_OUT, f"{number}.{row['id']}", row["question"], (row["answer"],), papers=(row["pmid"],))
                 sets[KEPT_OUT].append(item)
     return [item for found in sets.values() for item in found[: evaluation.most]]
 
@@ -126,6 +135,19 @@ def by_set(before: Sequence[Graded], after: Sequence[Graded]) -> dict[str, tuple
         sets[old.item.set_name][0].append(old)
         sets[old.item.set_name][1].append(new)
     return dict(sets)
+
+
+def set_results(before: Sequence[Graded], after: Sequence[Graded]) -> dict[str, Any]:
+    """By set: the marks of base and round, what has changed, and `asked`, which tells other questions apart."""
+    return {
+        name: {
+            "asked": hash_json([asdict(one.item) for one in new]),
+            "base": marks(old),
+            "round": marks(new),
+            "change": compare(old, new),
+        }
+        for name, (old, new) in by_set(before, after).items()
+    }
 
 
 def write_answers(graded: Sequence[Graded], file: Path) -> None:

@@ -3,14 +3,16 @@
 `trainer.evaluation.sets` names files, plain or .gz, whose form is seen from their content:
 
 - PubMedQA's `ori_pqal.json`: {pmid: {"QUESTION", "final_decision": yes | no | maybe, …}}
-- BioASQ's training and test files: {"questions": [{"id", "body", "type", "exact_answer", …}]}; questions of the types
-  yesno and factoid count, those that want a list or a summary do not
+- BioASQ's training and test files: {"questions": [{"id", "body", "type", "exact_answer", "documents", …}]}; questions
+  of the types yesno and factoid count, those that want a list or a summary do not; their papers are those whose PubMed
+  address stands in `documents` or `snippets`
 - JSON lines of one's own: {"question", "answers": [text, …]} and, if there are, "id", "pmid" (the paper that it was
   written from, which becomes no seed) and "choices" (the answers among which one must be chosen; one is right)
 """
 
 import gzip
 import json
+import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,8 +27,10 @@ from shared.settings import EvaluationSettings
 
 VARIABLE = "DRZERO_TRAINER__EVALUATION__SETS"
 KEPT_OUT = "kept_out"  # the set of the run's own questions
+SAFETY = "safety"  # the prompts of safety.py
 PUBMEDQA_CHOICES = ("yes", "no", "maybe")
 BIOASQ_CHOICES = ("yes", "no")
+PUBMED_ADDRESS = re.compile(r"(?:/pubmed/|pubmed\.ncbi\.nlm\.nih\.gov/)0*([1-9][0-9]*)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +42,12 @@ class Item:
     question: str
     answers: tuple[str, ...]  # any of them is right
     choices: tuple[str, ...] = ()
-    pmid: str = ""  # the paper that it is about
+    papers: tuple[str, ...] = ()  # PMIDs of the papers that it is about
 
 
 def evaluation_items(evaluation: EvaluationSettings) -> list[Item]:
     """The questions of all sets, each set in its file's order; UsageError for a file that cannot be read."""
-    taken = Counter([KEPT_OUT, *map(set_name, evaluation.sets)])
+    taken = Counter([KEPT_OUT, SAFETY, *map(set_name, evaluation.sets)])
     for path in evaluation.sets:
         if taken[set_name(path)] > 1:
             raise UsageError(
@@ -101,21 +105,27 @@ def pubmedqa_items(records: Mapping[str, Mapping[str, Any]], name: str) -> Itera
         answer = record["final_decision"]
         if answer not in PUBMEDQA_CHOICES:
             raise ValueError(f"the final_decision of {pmid} is {answer!r}")
-        yield Item(name, pmid, record["QUESTION"], (answer,), PUBMEDQA_CHOICES, pmid)
+        yield Item(name, pmid, record["QUESTION"], (answer,), PUBMEDQA_CHOICES, (pmid,))
 
 
 def bioasq_items(records: Sequence[Mapping[str, Any]], name: str) -> Iterator[Item]:
     """The questions of BioASQ that have one short answer."""
     for record in records:
-        exact = record.get("exact_answer")
+        exact, papers = record.get("exact_answer"), bioasq_papers(record)
         if record["type"] == "yesno" and exact:
             answer = str(exact if isinstance(exact, str) else exact[0]).lower()
-            yield Item(name, str(record["id"]), record["body"], (answer,), BIOASQ_CHOICES)
+            yield Item(name, str(record["id"]), record["body"], (answer,), BIOASQ_CHOICES, papers)
         elif record["type"] == "factoid" and exact:
             # A list of answers, each a text or the list of its synonyms.
             answers = [exact] if isinstance(exact, str) else exact
             texts = [text for one in answers for text in ([one] if isinstance(one, str) else one)]
-            yield Item(name, str(record["id"]), record["body"], tuple(texts))
+            yield Item(name, str(record["id"]), record["body"], tuple(texts), papers=papers)
+
+
+def bioasq_papers(record: Mapping[str, Any]) -> tuple[str, ...]:
+    """The PMIDs in a BioASQ question's documents and snippets; an address that is none of PubMed's has none."""
+    addresses = [*record.get("documents", []), *(snippet["document"] for snippet in record.get("snippets", []))]
+    return tuple(dict.fromkeys(pmid for address in addresses for pmid in PUBMED_ADDRESS.findall(address)))
 
 
 def own_items(records: Sequence[Mapping[str, Any]], name: str) -> Iterator[Item]:
@@ -125,8 +135,8 @@ def own_items(records: Sequence[Mapping[str, Any]], name: str) -> Iterator[Item]
         answers, choices = given["answers"], given.get("choices", [])
         if not isinstance(answers, list) or not isinstance(choices, list):
             raise TypeError(f"the answers or choices of question {number} are no list")
-        numbers = str(given.get("id", number)), str(given.get("pmid", ""))
-        yield Item(name, numbers[0], given["question"], tuple(answers), tuple(choices), pmid=numbers[1])
+        papers = (str(given["pmid"]),) if "pmid" in given else ()
+        yield Item(name, str(given.get("id", number)), given["question"], tuple(answers), tuple(choices), papers)
 
 
 def require_usable(items: Sequence[Item]) -> None:

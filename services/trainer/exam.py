@@ -29,7 +29,8 @@ class Graded:
     item: Item
     answer: str  # among the item's choices where it has any; "" for none
     right: bool
-    found: bool  # whether a search showed the paper that the question is about
+    found: bool  # whether a search showed a paper that the question is about
+    overdue: bool  # whether it was given up at its deadline
     searches: int
     row: Row  # turns and searches
 
@@ -47,8 +48,8 @@ async def take_exam(settings: Settings, items: Sequence[Item], file: Path, *, se
         async def answer(name: str) -> Row:
             messages = ask(asked(by_name[name]), trainer.prompts, trainer.reward.worked_examples)
             talk = conversations.begin(messages, seed=trainer.seed, until=deadline(settings))
-            await hold(conversations, talk, manner)
-            return {"answer": last_answer(talk), "turns": talk.turns, "searches": talk.searches}
+            ended = await hold(conversations, talk, manner)
+            return {"answer": last_answer(talk), "ended": ended, "turns": talk.turns, "searches": talk.searches}
 
         with Progress("exam", settings, total=len(by_name), unit="question") as progress:
             at_once = evaluation.concurrency
@@ -64,9 +65,9 @@ def asked(item: Item) -> str:
 def grade(item: Item, row: Row) -> Graded:
     """Whether an answer is right: it equals one of the item's after normalisation, or chooses as it should."""
     answer = chosen(row["answer"], item.choices) if item.choices else row["answer"]
-    found = any(item.pmid in search["pmids"] for search in row["searches"])
+    found = any(pmid in item.papers for search in row["searches"] for pmid in search["pmids"])
     right = any(exact_match(answer, gold) for gold in item.answers)
-    return Graded(item, answer, right, found, len(row["searches"]), row)
+    return Graded(item, answer, right, found, row["ended"] == "deadline", len(row["searches"]), row)
 
 
 def chosen(answer: str, choices: Sequence[str]) -> str:
@@ -77,9 +78,13 @@ def chosen(answer: str, choices: Sequence[str]) -> str:
 
 
 def marks(graded: Sequence[Graded]) -> dict[str, Any]:
-    """Accuracy with its 95 % interval, macro-F1 over the choices that all have, recall, and what was done."""
+    """Accuracy and retrieval recall with 95 % intervals, macro-F1 over the choices that all have, and what was done.
+
+    `paper_found` is the share of questions about a paper whose searches showed one that they are about.
+    """
     right = sum(one.right for one in graded)
-    about = [one for one in graded if one.item.pmid]
+    about = [one for one in graded if one.item.papers]
+    found = sum(one.found for one in about)
     return {
         "questions": len(graded),
         "right": right,
@@ -87,9 +92,12 @@ def marks(graded: Sequence[Graded]) -> dict[str, Any]:
         "interval_95": share_interval(right, len(graded)),
         "macro_f1": macro_f1(graded),
         "answered": sum(bool(one.answer) for one in graded) / len(graded),
+        "overdue": sum(one.overdue for one in graded),
         "answers": dict(Counter(one.answer for one in graded)) if common_choices(graded) else None,
         "searches": sum(one.searches for one in graded) / len(graded),
-        "paper_found": sum(one.found for one in about) / len(about) if about else None,
+        "about_a_paper": len(about),
+        "paper_found": found / len(about) if about else None,
+        "paper_found_interval_95": share_interval(found, len(about)) if about else None,
     }
 
 

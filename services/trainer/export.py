@@ -2,8 +2,9 @@
 
 The zip has one folder: the weights with a model card, loadable as it is, and beside them evaluation.json, report.html,
 questions.parquet and the manifests of all that they were made from. What is missing or belongs to other weights is left
-out with a warning. The same artifacts give the same bytes: nothing is compressed, and no time enters. `--push` uploads
-the weights and the card to the Hugging Face hub instead (a new repository is private), with the token in HF_TOKEN.
+out with a warning. The same artifacts give the same bytes: nothing is compressed, and no time enters; of a base that is
+a page of the Hugging Face hub, the licence is asked there. `--push` uploads the weights and the card to the hub instead
+(a new repository is private), with the token in HF_TOKEN.
 """
 
 import argparse
@@ -11,7 +12,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+import signal
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -19,16 +21,17 @@ from zipfile import ZIP_STORED, ZipFile, ZipInfo
 
 import structlog
 
-from services.trainer.generate import counted
 from services.trainer.model_card import CARD, base_of, model_card
 from services.trainer.paths import RunPaths, run_paths
-from services.trainer.publish import base_reference, manifests_behind, published_round
+from services.trainer.publish import base_reference, folders_behind, published_round
 from services.trainer.questions import FILE
 from services.trainer.rounds import paths_of
-from shared.command import UsageError, run
+from shared.command import UsageError, counted, run
 from shared.files import MANIFEST, ArtifactError, hash_json, read_manifest, require_free_space
 from shared.settings import Settings, changed
 
+INSIDE = {"evaluation": "evaluation.json", "report": "report.html", "questions": FILE}  # what of an artifact goes along
+MOST_ROUND = 10_000
 EPOCH = (1980, 1, 1, 0, 0, 0)  # the first time that a zip can hold
 MODE = 0o100644 << 16  # a plain file, readable by all
 UNIX = 3
@@ -36,70 +39,86 @@ UNIX = 3
 
 def main(given: argparse.Namespace, settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
     """Write the zip, or push, or both when both are asked for."""
+    token = hub_token() if given.push else ""
     number = published_round(settings, "solver", given.round)
     own = changed(settings, {"trainer.round": number, "trainer.role": "solver"})
     paths = run_paths(own)
-    token = hub_token() if given.push else ""
-    name = f"{own.trainer.run}-{number}-solver"
-    target = Path(given.to) if given.to else own.storage.data_dir / "exports" / f"{name}.zip"
-    if target.is_dir():
-        raise UsageError(f"expected a file to write at {target}, found a folder; name a file: --to {target}/{name}.zip")
     read_manifest(paths.weights, verify=True)
-    files = files_of(own, paths, log)
-    card = card_of(own, paths, files.get("evaluation.json"))
+    beside = accompanying(own, paths, log)
+    files, card = files_of(paths, beside), card_of(own, beside).encode()
     if given.to or not given.push:
-        size = sum(file.stat().st_size for file in files.values())
-        require_free_space(target.absolute(), size / 1e9 + own.storage.min_free_gb)
-        contents: dict[str, Path | bytes] = {**files, CARD: card.encode()}
+        name = f"{own.trainer.run}-{number}-solver"
+        target = target_of(given.to, own, name)
+        require_free_space(target.absolute(), size_gb(files.values()) + own.storage.min_free_gb)
+        contents: dict[str, Path | bytes] = {**files, CARD: card}
         write_zip({f"{name}/{inside}": contents[inside] for inside in sorted(contents)}, target)
         log.info("exported", file=str(target), bytes=target.stat().st_size, files=len(contents))
         print(target)
     if given.push:
-        push(paths.weights.resolve(), card, given.push, token)
+        weights = {name: files[name] for name in read_manifest(paths.weights).files}
+        push({**weights, CARD: card}, given.push, token)
         log.info("pushed", repository=given.push)
 
 
-def files_of(settings: Settings, paths: RunPaths, log: structlog.stdlib.BoundLogger) -> dict[str, Path]:
+def target_of(given: str | None, settings: Settings, name: str) -> Path:
+    """The file to write; UsageError for a folder."""
+    target = Path(given) if given else settings.storage.data_dir / "exports" / f"{name}.zip"
+    if target.is_dir():
+        raise UsageError(f"expected a file to write at {target}, found a folder; name a file: --to {target}/{name}.zip")
+    return target
+
+
+def size_gb(files: Iterable[Path]) -> float:
+    """What files take, in GB."""
+    return sum(file.stat().st_size for file in files) / 1e9
+
+
+def files_of(paths: RunPaths, beside: Mapping[str, Path]) -> dict[str, Path]:
     """Every file of the export but the card, by its name inside."""
-    beside = accompanying(settings, paths, log)
-    names = {"evaluation": "evaluation.json", "report": "report.html", "questions": FILE}
-    found = {name: paths.weights / name for name in read_manifest(paths.weights).files}
-    found |= {names[artifact]: folder / names[artifact] for artifact, folder in beside.items()}
-    behind = {"corpus": paths.corpus, "seeds": paths.seeds, "training": paths.training}
-    named = {name: folder for name, folder in behind.items() if name in manifests_behind(settings)}
-    for name, folder in {"weights": paths.weights, **beside, **named}.items():
-        found[f"manifests/{name}.json"] = folder / MANIFEST
-    return found
+    weights = paths.weights.resolve()
+    found = {name: weights / name for name in read_manifest(weights).files}
+    found |= {INSIDE[name]: beside[name] / INSIDE[name] for name in INSIDE if name in beside}
+    if "report" in beside:  # its pages link to each other
+        found |= {name: beside["report"] / name for name in read_manifest(beside["report"]).files}
+    artifacts = {"weights": weights, **beside}
+    return found | {f"manifests/{name}.json": folder / MANIFEST for name, folder in artifacts.items()}
 
 
-def card_of(settings: Settings, paths: RunPaths, evaluation: Path | None) -> str:
-    """The model card, with the scores of an evaluation.json."""
-    found = json.loads(evaluation.read_text(encoding="utf-8")) if evaluation else None
-    base = base_of(base_reference(settings), settings, ask_hub=True)
-    origins = manifests_behind(settings)
-    date = made_on(paths.corpus) if "corpus" in origins else ""
-    return model_card(settings, origins, base, evaluation=found, corpus_date=date)
+def card_of(settings: Settings, beside: Mapping[str, Path]) -> str:
+    """The model card, with the scores of the evaluation where there is one."""
+    file = beside["evaluation"] / INSIDE["evaluation"] if "evaluation" in beside else None
+    evaluation = json.loads(file.read_text(encoding="utf-8")) if file else None
+    manifests = {name: read_manifest(folder) for name, folder in beside.items()}
+    base = base_of(base_reference(manifests["training"], settings.trainer.role), ask_hub=True)
+    date = made_on(beside["corpus"]) if "corpus" in beside else ""
+    return model_card(settings, manifests, base, evaluation=evaluation, corpus_date=date)
 
 
 def accompanying(settings: Settings, paths: RunPaths, log: structlog.stdlib.BoundLogger) -> dict[str, Path]:
-    """Evaluation, report and questions of the round, where they are whole and belong to its weights."""
+    """What the weights were made from, and evaluation and report where they are whole and belong to them."""
+    if read_manifest(paths.weights).made_from.get("training") != read_manifest(paths.training).identity:
+        raise ArtifactError(f"{paths.weights} are not of the training beside them; run the stage solver_publish again")
+    found = {name: folder.resolve() for name, folder in folders_behind(settings).items()}
+    for name in ("questions", "corpus"):
+        if name not in found:
+            log.warning("left out", artifact=name, because="it is not there, or not what the solver was trained on")
     wanted: dict[str, Callable[[], Path]] = {
         "evaluation": partial(evaluation_of, paths),
         "report": partial(report_of, settings, paths),
-        "questions": partial(questions_of, paths),
     }
-    found = {}
     for name, folder in wanted.items():
         try:
-            found[name] = folder()
+            found[name] = folder().resolve()
         except ArtifactError as error:
             log.warning("left out", artifact=name, because=str(error))
+    for name in INSIDE.keys() & found.keys():
+        read_manifest(found[name], verify=True)
     return found
 
 
 def evaluation_of(paths: RunPaths) -> Path:
     """The evaluation of the weights; ArtifactError when there is none."""
-    if read_manifest(paths.evaluation, verify=True).made_from.get("solver") != read_manifest(paths.weights).identity:
+    if read_manifest(paths.evaluation).made_from.get("solver") != read_manifest(paths.weights).identity:
         raise ArtifactError(f"{paths.evaluation} is of other weights; run the stages evaluate and report again")
     return paths.evaluation
 
@@ -107,16 +126,9 @@ def evaluation_of(paths: RunPaths) -> Path:
 def report_of(settings: Settings, paths: RunPaths) -> Path:
     """The report of that evaluation; ArtifactError when there is none."""
     evaluation_of(paths)
-    if read_manifest(paths.report, verify=True).made_from.get("evaluations") != evaluations(settings):
+    if read_manifest(paths.report).made_from.get("evaluations") != evaluations(settings):
         raise ArtifactError(f"{paths.report} is of other evaluations; run the stage report again")
     return paths.report
-
-
-def questions_of(paths: RunPaths) -> Path:
-    """The questions that the weights were trained on; ArtifactError when they are not there."""
-    if read_manifest(paths.questions, verify=True).identity != read_manifest(paths.seeds).made_from.get("questions"):
-        raise ArtifactError(f"{paths.questions} are not those that the solver was trained on; run the rounds again")
-    return paths.questions
 
 
 def evaluations(settings: Settings) -> str:
@@ -163,30 +175,33 @@ def add(archive: ZipFile, name: str, content: Path | bytes) -> None:
 
 
 def hub_token() -> str:
-    """The token in HF_TOKEN; UsageError without one."""
+    """The token in HF_TOKEN; UsageError without one, or for one that cannot be sent."""
     token = os.environ.get("HF_TOKEN", "").strip()
-    if not token:
+    if not re.fullmatch(r"[!-~]+", token):
+        found = "one with characters that no token has" if token else "none"
         raise UsageError(
-            "expected a Hugging Face token with write access in HF_TOKEN, found none; set it and push again"
+            f"expected a Hugging Face token with write access in HF_TOKEN, found {found}; set it and push again"
         )
     return token
 
 
-def push(weights: Path, card: str, repository: str, token: str) -> None:
-    """Upload a weights folder with its card; a repository that is not there yet is made private."""
+def push(files: Mapping[str, Path | bytes], repository: str, token: str) -> None:
+    """Upload files in one commit; a repository that is not there yet is made private."""
     import httpx
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi
 
     api = HfApi(token=token)
     try:
         api.create_repo(repository, private=True, exist_ok=True)
-        api.upload_folder(repo_id=repository, folder_path=weights, ignore_patterns=[CARD, MANIFEST])
-        api.upload_file(repo_id=repository, path_or_fileobj=card.encode(), path_in_repo=CARD)
-    except (httpx.HTTPError, ValueError) as error:
+        added = [CommitOperationAdd(name, content) for name, content in sorted(files.items())]
+        api.create_commit(repository, added, commit_message="Weights and model card")
+    # An upload that fails on the way is a RuntimeError of the library.
+    except (httpx.HTTPError, OSError, ValueError, RuntimeError) as error:
+        words = (str(error).splitlines() or [type(error).__name__])[0].replace(token, "***")
         raise UsageError(
-            f"expected to push to {repository}, but the hub refuses or is out of reach ({str(error).splitlines()[0]}); "
+            f"expected to push to {repository}, but the hub refuses or is out of reach ({words}); "
             "check HF_TOKEN, the name and the network, and push again"
-        ) from error
+        ) from None  # the cause may have the token in its words
 
 
 def repository_of(text: str) -> str:
@@ -201,11 +216,12 @@ def parsed(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m services.trainer.export", description="Export the solver of a round with all that tells of it."
     )
-    parser.add_argument("--round", type=partial(counted, most=10_000), help="the newest unless given")
+    parser.add_argument("--round", type=partial(counted, most=MOST_ROUND), help="the newest unless given")
     parser.add_argument("--to", metavar="FILE.zip", help="where to write; <data>/exports/<run>-<round>-solver.zip")
     parser.add_argument("--push", type=repository_of, metavar="OWNER/NAME", help="upload the weights to the hub")
     return parser.parse_args(words)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that no half-written file stays
     raise SystemExit(run("trainer", partial(main, parsed())))

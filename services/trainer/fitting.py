@@ -35,7 +35,9 @@ class FittedSeed:
 
 def child_processes(count: int) -> ProcessPoolExecutor:
     """Processes for work that loads transformers, which would otherwise stay in memory for the whole run."""
-    return ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=die_with_parent)
+    return ProcessPoolExecutor(
+        count, mp_context=get_context("spawn"), initializer=die_with_parent, initargs=(os.getpid(),)
+    )
 
 
 @cache

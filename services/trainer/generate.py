@@ -2,27 +2,26 @@
 
 The proposer of the newest round, or of `--round`, is served on :8001 for the time that it takes and writes as in the
 stage `questions`, about one paper of the corpus or about papers that the search service finds. Then :8001 serves again
-what it served before, also after an error or an interruption. No training may run meanwhile: it would meet the wrong
-weights, so a run whose driver is alive is a refusal. One JSON line per question, or text with `--text`. Draws
-are seeded by the run's seed, so the same command asks for the same questions.
+what it served before, also after an error or an interruption, which waits for that. A training that ran meanwhile
+would meet the wrong weights, so a run that is driven is a refusal, and none can go on while this lasts. One JSON line
+per question, or text with `--text`. Draws are seeded by the run's seed: the same command asks for the same questions.
 """
 
 import argparse
 import asyncio
 import json
 import signal
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import structlog
 
-from services.trainer.__main__ import only_driver
-from services.trainer.ask import PATIENCE_S, plain
+from services.trainer.ask import PATIENCE_S, checked_question
 from services.trainer.candidates import deadline, hold, proposer_manner, services
 from services.trainer.conversations import Conversations
-from services.trainer.fitting import fit_in_children, prompt_of
+from services.trainer.fitting import fit_prompts, prompt_of
 from services.trainer.journal import Row
 from services.trainer.paths import run_paths
 from services.trainer.publish import published_round
@@ -30,29 +29,33 @@ from services.trainer.questions import Candidate, read_candidate
 from services.trainer.reward import attempt_seeds
 from services.trainer.rounds import proposer_settings
 from services.trainer.serving import load_at, serve, served_by
+from services.trainer.storage import driven
 from shared.balance import addresses_in
-from shared.clients import SearchClient, SolverClient
-from shared.command import UsageError, run
+from shared.clients import SearchClient, ServiceError, SolverClient
+from shared.command import UsageError, counted, plain, run
 from shared.corpus import Corpus
 from shared.files import write_atomically
-from shared.model_files import resolve_model
 from shared.records import Paper, Seed
-from shared.serving import note_path
+from shared.serving import checked_weights, note_path
 from shared.settings import Settings
+
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+MOST_HOPS = 4  # as in trainer.hop_ratio
+MOST_COUNT = 1000
+MOST_ROUND = 10_000
 
 
 def main(given: argparse.Namespace, settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
     """Write the questions and print them."""
     number = published_round(settings, "proposer", given.round)
     own = proposer_settings(settings, number)
-    weights = run_paths(own).weights
-    with no_training(run_paths(own).run):
+    with no_training(settings):
         seeds = seeds_of(papers_wanted(given, own), given.hops, own)
         log.info("questions are written", round=number, papers=[seed.pmid for seed in seeds], hops=given.hops)
-        with lent(own, weights, log):
+        with lent(own, run_paths(own).weights, log):
             found = asyncio.run(write_questions(seeds, given.count, own))
-    for one in found:
-        print(as_text(one) if given.text else json.dumps(as_row(one), ensure_ascii=False), flush=True)
+            for one in found:
+                print(as_text(one) if given.text else json.dumps(as_row(one)), flush=True)
     if len(found) < given.count:
         tries = own.trainer.questions.candidates
         raise UsageError(
@@ -66,21 +69,19 @@ def main(given: argparse.Namespace, settings: Settings, log: structlog.stdlib.Bo
 
 def papers_wanted(given: argparse.Namespace, settings: Settings) -> list[Paper]:
     """The papers that the questions are about, at most as many as questions; UsageError when there are none."""
-    if given.pmid:
-        paper = Corpus(run_paths(settings).corpus).find(given.pmid)
-        if paper is None:
-            raise UsageError(
-                f"expected PMID {given.pmid} in the corpus, which has no such paper; ingest it or try another"
-            )
-        return [paper]
-    topic = given.topic.strip()
-    most = settings.retrieval.max_query_chars
-    if not 0 < len(topic) <= most:
-        raise UsageError(f"expected a topic of 1 to {most} characters, found one of {len(topic)}")
-    papers = asyncio.run(papers_about(topic, min(given.count, settings.retrieval.top_k_max), settings))
-    if not papers:
-        raise UsageError(f"expected papers about {topic!r}, the search finds none; try other words")
-    return papers
+    if given.pmid is None:
+        topic = checked_question(given.topic, settings, "topic")
+        papers = asyncio.run(papers_about(topic, min(given.count, settings.retrieval.top_k_max), settings))
+        if not papers:
+            raise UsageError(f"expected papers about {topic!r}, the search finds none; try other words")
+        return papers
+    asyncio.run(require_search(settings))
+    paper = Corpus(run_paths(settings).corpus).find(given.pmid.strip())
+    if paper is None:
+        raise UsageError(
+            f"expected PMID {given.pmid!r} in the corpus, which has no such paper; ingest it or try another"
+        )
+    return [paper]
 
 
 async def papers_about(topic: str, count: int, settings: Settings) -> list[Paper]:
@@ -90,11 +91,17 @@ async def papers_about(topic: str, count: int, settings: Settings) -> list[Paper
     return [hit.paper for hit in hits]
 
 
+async def require_search(settings: Settings) -> None:
+    """Raise ServiceError when the search service is away; a proposer that searches would wait for it for long."""
+    async with SearchClient(settings.retrieval.url, patience_s=PATIENCE_S) as search:
+        await search.call("GET", "/ready")
+
+
 def seeds_of(papers: Sequence[Paper], hops: int, settings: Settings) -> list[Seed]:
     """The papers as seeds whose prompt fits."""
     seeds = [Seed(index, paper.pmid, hops, paper.contents) for index, paper in enumerate(papers)]
-    model = resolve_model(settings.trainer.actor.model, settings)
-    return [fitted.seed for fitted in fit_in_children(seeds, settings.trainer, model)]
+    fitted = fit_prompts(seeds, trainer=settings.trainer, model=str(run_paths(settings).weights))
+    return [one.seed for one in fitted]
 
 
 # --- questions
@@ -141,7 +148,12 @@ def as_row(one: Candidate) -> Row:
 def as_text(one: Candidate) -> str:
     """A question for people."""
     searches = [f"  searched {'; '.join(hop['queries'])}: PMID {', '.join(hop['pmids']) or 'none'}" for hop in one.hops]
-    lines = [f"Question: {one.question}", f"Answer: {one.answer}", f"  {one.hop} hops from PMID {one.pmid}", *searches]
+    lines = [
+        f"Question: {one.question}",
+        f"Answer: {one.answer}",
+        f"  {one.hop} {'hop' if one.hop == 1 else 'hops'} from PMID {one.pmid}",
+        *searches,
+    ]
     return plain("\n".join([*lines, ""]))
 
 
@@ -149,12 +161,14 @@ def as_text(one: Candidate) -> str:
 
 
 @contextmanager
-def no_training(run_folder: Path) -> Iterator[None]:
+def no_training(settings: Settings) -> Iterator[None]:
     """Keep the drivers of all runs away while the block runs; UsageError when one is alive."""
-    locks = run_folder.parent.glob("*/.driver.lock")
-    with ExitStack() as held:
-        for folder in sorted({run_folder, *(lock.parent for lock in locks)}):
-            held.enter_context(only_driver(folder))
+    with driven(settings, hold=True) as runs:
+        if runs:
+            raise UsageError(
+                f"expected no training while the proposer is served, but another process drives the run "
+                f"{', '.join(sorted(runs))}; wait for it or stop it"
+            )
         yield
 
 
@@ -162,35 +176,54 @@ def no_training(run_folder: Path) -> Iterator[None]:
 def lent(settings: Settings, weights: Path, log: structlog.stdlib.BoundLogger) -> Iterator[None]:
     """Have every solver serve `weights` while the block runs, and then what it served before.
 
-    The note is put back first: a solver that is away at that moment comes back with the right weights.
+    Nothing is lent that could not be given back.
     """
-    before = {address: asyncio.run(weights_at(address)) for address in addresses_in(settings.solver.url)}
+    addresses = addresses_in(settings.solver.url)
+    before = {address: checked_weights(asyncio.run(weights_at(address))) for address in addresses}
     note = note_path(settings)
     noted = note.read_text(encoding="utf-8") if note.is_file() else None
     try:
         serve(settings, str(weights), log)
         yield
     finally:
-        if noted is None:
-            note.unlink(missing_ok=True)
-        else:
-            write_atomically(note, noted)
-        for address, model in before.items():
-            asyncio.run(load_at(address, model, patience_s=settings.trainer.patience_s))
-            log.info("solver serves again what it did", solver=address, weights=model)
+        with undisturbed():
+            # The note first: a solver that is away at this moment comes back with the right weights.
+            if noted is None:
+                note.unlink(missing_ok=True)
+            else:
+                write_atomically(note, noted)
+            give_back(before, settings.trainer.patience_s, log)
+
+
+def give_back(before: Mapping[str, str], patience_s: float, log: structlog.stdlib.BoundLogger) -> None:
+    """Have each address serve its weights again; the first error is raised when all have been tried."""
+    errors: list[ServiceError] = []
+    for address, weights in before.items():
+        try:
+            asyncio.run(load_at(address, weights, patience_s=patience_s))
+            log.info("solver serves again what it did", solver=address, weights=weights)
+        except ServiceError as error:
+            log.warning("solver does not serve again what it did", solver=address, weights=weights)
+            errors.append(error)
+    if errors:
+        raise errors[0]
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """No signal that asks for an end is heard while the block runs."""
+    heard = {number: signal.signal(number, signal.SIG_IGN) for number in STOPS}
+    try:
+        yield
+    finally:
+        for number, handler in heard.items():
+            signal.signal(number, handler)
 
 
 async def weights_at(address: str) -> str:
     """What one solver serves."""
     async with SolverClient(address, patience_s=PATIENCE_S) as solver:
         return await served_by(solver)
-
-
-def counted(text: str, most: int) -> int:
-    """A number of 1 to `most`; ArgumentTypeError for any other text."""
-    if not (text.isascii() and text.isdecimal() and 1 <= int(text) <= most):
-        raise argparse.ArgumentTypeError(f"expected a number from 1 to {most}, found {text!r}")
-    return int(text)
 
 
 def parsed(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -201,14 +234,16 @@ def parsed(words: Sequence[str] | None = None) -> argparse.Namespace:
     about = parser.add_mutually_exclusive_group(required=True)
     about.add_argument("--pmid", help="a paper of the corpus")
     about.add_argument("--topic", help="what the search service is asked for papers about")
-    parser.add_argument("--hops", type=partial(counted, most=4), default=2, help="1 to 4, default 2")
-    parser.add_argument("--count", type=partial(counted, most=1000), default=3, help="questions, default 3")
-    parser.add_argument("--round", type=partial(counted, most=10_000), help="the newest unless given")
+    parser.add_argument("--hops", type=partial(counted, most=MOST_HOPS), default=2, help="1 to 4, default 2")
+    parser.add_argument("--count", type=partial(counted, most=MOST_COUNT), default=3, help="questions, default 3")
+    parser.add_argument("--round", type=partial(counted, most=MOST_ROUND), help="the newest unless given")
     parser.add_argument("--text", action="store_true", help="print text for people instead of JSON lines")
     return parser.parse_args(words)
 
 
 if __name__ == "__main__":
     wanted = parsed()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` must give the weights back too
+    for stop in STOPS:  # `kill` and a closed terminal must give the weights back too
+        if signal.getsignal(stop) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(stop, signal.default_int_handler)
     raise SystemExit(run("trainer", partial(main, wanted)))

@@ -6,6 +6,7 @@ results; with another key it begins anew. A last line that a kill has cut off is
 
 import asyncio
 import json
+import os
 import shutil
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ def open_journal(folder: Path, key: str) -> Path:
     state = folder / "state.json"
     if not state.is_file() or json.loads(state.read_text(encoding="utf-8"))["key"] != key:
         shutil.rmtree(folder, ignore_errors=True)
-        write_atomically(state, json.dumps({"key": key}))
+        write_atomically(state, json.dumps({"key": key}), alone=True)
     return folder
 
 
@@ -59,5 +60,5 @@ def read_journal(file: Path) -> dict[str, Row]:
         return {}
     data = file.read_bytes()
     if not data.endswith(b"\n"):
-        file.write_bytes(data[: data.rfind(b"\n") + 1])
+        os.truncate(file, data.rfind(b"\n") + 1)  # in place: a kill here loses no line
     return {row.pop("name"): row for row in read_lines(file)}

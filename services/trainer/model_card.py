@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.files import MANIFEST, Manifest
-from shared.model_files import PACKAGE, resolve_model
+from shared.model_files import PACKAGE, package_file
 from shared.settings import Settings
 
 CARD = "README.md"
@@ -29,6 +29,11 @@ ROLES = {
     "verified before.",
     "proposer": "It writes biomedical questions of 1 to 4 hops from a paper, searching PubMed abstracts for the hops "
     "between. It was rewarded for well-formed questions that its solver answers sometimes but not always.",
+}
+SOURCES = {
+    "demo": "demo records of textbook biomedicine, which are not PubMed's",
+    "xml": "PubMed records from files",
+    "entrez": "PubMed records from a query",
 }
 SHAPED_BY = {
     "steps": "optimizer steps",
@@ -67,8 +72,8 @@ def model_card(
 ) -> str:
     """README.md of the weights of the settings' run, round and role.
 
-    `manifests`, as far as they are there: corpus, seeds, questions (a solver's) and training; `evaluation` is the
-    content of the round's evaluation.json, and `corpus_date` the day on which the corpus was made.
+    `manifests`, as far as they are there, are those of `publish.folders_behind`; `evaluation` is the content of the
+    round's evaluation.json, and `corpus_date` the day on which the corpus was made.
     """
     trainer = settings.trainer
     sections = [
@@ -113,11 +118,11 @@ def data_lines(manifests: Mapping[str, Manifest], corpus_date: str) -> str:
     corpus = manifests.get("corpus")
     if corpus:
         made = f", made on {corpus_date}" if corpus_date else ""
-        source = f" from the source `{corpus.settings['source']}`" if "source" in corpus.settings else ""
-        lines.append(f"- Corpus: {corpus.rows:,} PubMed records{source}{made} (`{corpus.identity[:12]}`)")
+        source = SOURCES.get(corpus.settings.get("source", ""), "records")
+        lines.append(f"- Corpus: {corpus.rows:,} {source}{made} (`{corpus.identity[:12]}`)")
         origins = {name: value for name, value in corpus.made_from.items() if name in ("query", "dates")}
         lines += [f"- Corpus {name}: `{value}`" for name, value in origins.items()]
-    for name in ("seeds", "questions", "training"):
+    for name in ("papers", "questions", "seeds", "training"):
         if name in manifests:
             counts = ", ".join(f"{count:,} {what}" for what, count in sorted(manifests[name].counts.items()))
             lines.append(f"- {name.capitalize()}: {counts or 'made'} (`{manifests[name].identity[:12]}`)")
@@ -182,17 +187,18 @@ LIMITS = """
 
 USES = {
     "solver": """
-With Dr. Zero Biomedical, whose prompts and search it was trained with:
+With Dr. Zero Biomedical, whose prompts and search it was trained with, in the profile of the training:
 
 ```sh
-DRZERO_SOLVER__MODEL=/path/to/this/folder python -m services.solver
+export DRZERO_SOLVER__MODEL=/path/to/this/folder
+python -m services.solver &
 python -m services.trainer.ask "Which kinase does metformin activate?"
 ```
 
 The files are plain Hugging Face weights: `AutoModelForCausalLM.from_pretrained` loads them.
 """,
     "proposer": """
-With Dr. Zero Biomedical, whose prompts and search it was trained with:
+With Dr. Zero Biomedical, whose prompts and search it was trained with, in the profile of the training:
 
 ```sh
 python -m services.trainer.generate --topic "sepsis biomarkers" --text
@@ -206,14 +212,15 @@ The files are plain Hugging Face weights: `AutoModelForCausalLM.from_pretrained`
 # --- the base model
 
 
-def base_of(reference: str, settings: Settings, *, ask_hub: bool = False) -> Base:
+def base_of(reference: str, *, ask_hub: bool = False) -> Base:
     """The base that a setting names; of weights that this project has published, the base of those."""
-    folder = Path(resolve_model(reference, settings))
+    place = package_file(reference) if reference.startswith(PACKAGE) else Path(reference)
+    folder = place.parent if place.is_file() else place
     known = read_front_matter(folder / CARD)
     if (folder / MANIFEST).is_file() and known:  # weights of an earlier round
         name = known.get("base_model")
         return Base(str(name or EARLIER_ROUND), on_hub=name is not None, licence=licence_in(known))
-    if reference.startswith(PACKAGE) or folder.is_dir() or not HUB_ID.fullmatch(reference):
+    if folder.is_dir() or not HUB_ID.fullmatch(reference):
         return Base(Path(reference).name, on_hub=False, licence=licence_in(known))
     return Base(reference, on_hub=True, licence=licence_in(hub_front_matter(reference)) if ask_hub else {})
 
@@ -226,22 +233,29 @@ def licence_in(known: Mapping[str, Any]) -> dict[str, str]:
 
 def read_front_matter(card: Path) -> Mapping[str, Any]:
     """The front matter of a card; empty when there is none that can be read."""
-    import yaml  # type: ignore[import-untyped]
-    from huggingface_hub import metadata_load
-
-    try:
-        return (metadata_load(card) if card.is_file() else None) or {}
-    except (ValueError, yaml.YAMLError):
-        return {}
+    return front_matter_in(card.read_text(encoding="utf-8", errors="replace")) if card.is_file() else {}
 
 
 def hub_front_matter(name: str) -> Mapping[str, Any]:
-    """The front matter of a model's page on the hub, or of the copy of it that is here; empty when out of reach."""
+    """The front matter of a model's page on the hub; empty when it is out of reach."""
     import httpx
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_url
 
-    token = os.environ.get("HF_TOKEN") or False
+    token = os.environ.get("HF_TOKEN", "").strip()
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
-        return read_front_matter(Path(hf_hub_download(name, CARD, etag_timeout=HUB_PATIENCE_S, token=token)))
-    except (httpx.HTTPError, OSError, ValueError):
+        reply = httpx.get(hf_hub_url(name, CARD), headers=headers, timeout=HUB_PATIENCE_S, follow_redirects=True)
+    except (httpx.HTTPError, ValueError):
+        return {}
+    return front_matter_in(reply.text) if reply.is_success else {}
+
+
+def front_matter_in(text: str) -> Mapping[str, Any]:
+    """The front matter of a card's text; empty when there is none that can be read."""
+    import yaml  # type: ignore[import-untyped]
+    from huggingface_hub import RepoCard
+
+    try:
+        return dict(RepoCard(text).data.to_dict()) if text.startswith("---") else {}  # type: ignore[no-untyped-call]
+    except (ValueError, TypeError, yaml.YAMLError):
         return {}

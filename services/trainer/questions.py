@@ -200,8 +200,8 @@ def right(candidate: Candidate, check: Row) -> tuple[int, int]:
 
 
 def papers_kept_out(papers: Sequence[str], share: float, seed: str) -> frozenset[str]:
-    """The papers whose questions are kept for evaluation: `share` of them, at least one of two or more."""
-    count = max(1, round(share * len(papers))) if len(papers) > 1 else 0
+    """The papers whose questions are kept for evaluation: `share` of them, of two or more at least one and not all."""
+    count = min(max(1, round(share * len(papers))), len(papers) - 1) if papers else 0
     return frozenset(Random(seed).sample(papers, count))  # noqa: S311
 
 

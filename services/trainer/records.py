@@ -23,6 +23,7 @@ NOT_PARTS = frozenset({"time", "began", "generated", "step", "index", "hop"})
 TRAIN, HELD_OUT = "train", "held_out"
 REFUSALS = "refusals.jsonl"
 DEFECTS = "defects.jsonl"
+KEPT = "kept.jsonl"  # whole, once it is there
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -90,22 +91,31 @@ def read_refusals(log: Path) -> list[dict[str, Any]]:
 
 
 def compact(log: Path, *, through: int, validation_stands: Callable[[list[Verdict]], bool]) -> None:
-    """Keep verdicts and metrics of training steps ≤ `through` and the validations that stand, drop the rest."""
+    """Keep verdicts and metrics of training steps ≤ `through` and the validations that stand, drop the rest.
+
+    Killed at any moment and called again, it loses no verdict and has none twice.
+    """
+    put_in_place(log)
     kept = [v for step, rows in read_verdicts(log, TRAIN).items() if step <= through for v in rows]
     validations = read_verdicts(log, HELD_OUT).items()
     kept += [v for step, rows in validations if step <= through and validation_stands(rows) for v in rows]
     (log / DEFECTS).unlink(missing_ok=True)
-    old = list(log.glob("verdicts-*.jsonl"))
     lines = "".join(json.dumps(verdict, ensure_ascii=False) + "\n" for verdict in kept)
-    write_atomically(log / "kept.jsonl", lines)
-    for path in old:
-        path.unlink()
-    (log / "kept.jsonl").replace(log / "verdicts-0.jsonl")
+    write_atomically(log / KEPT, lines, alone=True)
+    put_in_place(log)
     for path in log.glob("metrics-*.jsonl"):
         written = path.stat().st_mtime  # when that attempt ended, see seconds_trained
         kept_lines = (json.dumps(line) + "\n" for line in read_lines(path) if line["step"] <= through)
-        write_atomically(path, "".join(kept_lines))
+        write_atomically(path, "".join(kept_lines), alone=True)
         os.utime(path, (written, written))
+
+
+def put_in_place(log: Path) -> None:
+    """Put the verdicts that `compact` has kept in the place of all others; also of one that a kill has cut off."""
+    if (log / KEPT).is_file():
+        for path in log.glob("verdicts-*.jsonl"):
+            path.unlink()
+        (log / KEPT).replace(log / "verdicts-0.jsonl")
 
 
 def read_metrics(log: Path) -> dict[int, dict[str, float]]:

@@ -1,29 +1,37 @@
-"""Stage `report`: the artifacts of a round, and the evaluations of those before → one self-contained `report.html`.
+"""Stage `report`: the artifacts of a round, and the evaluations of those before → `report.html` and `safety.html`.
 
 What the rounds have taught, curves of both trainings, held-out results before and after, how the questions fared,
 sample questions with their papers, answers of base and round side by side, what ran for how long, and how far rollout
-engine and trained model differed. No script, no outside resource; all text of models and papers is escaped.
+engine and trained model differed. The second page shows the replies to the prompts of `safety.py`, where they were
+asked. No script, no outside resource; all text of models and papers is escaped.
 """
 
+import inspect
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
+from services.trainer import safety
 from services.trainer.paths import RunPaths
 from services.trainer.records import TRAIN, Verdict, mean_parts, read_lines, valid_only
 from services.trainer.rounds import paths_of, starting_model
 from services.trainer.run_state import read_state
+from services.trainer.safety import LABELS
 from services.trainer.step_metrics import mismatch, step_metrics, step_times
 from shared.corpus import Corpus
 from shared.files import hash_file, hash_json, publish, read_manifest, stale_reason
 from shared.settings import Settings
 
+if TYPE_CHECKING:
+    import jinja2
+
 TEMPLATE = Path(__file__).parent / "report.html.j2"
+SAFETY_TEMPLATE = Path(__file__).parent / "safety.html.j2"
 SAMPLES = 6
 PARTS = (
     ("score", "reward 0.5·F + D"),
@@ -73,20 +81,22 @@ def write_report(settings: Settings, paths: RunPaths, log: structlog.stdlib.Boun
     """Write report.html unless the current one is there. `settings` are those of the round's proposer."""
     rounds = range(1, settings.trainer.round + 1)
     evaluations = [read_manifest(paths_of(settings, number, "solver").evaluation).identity for number in rounds]
-    origin = {"evaluations": hash_json(evaluations), "template": hash_file(TEMPLATE)}
+    templates = {"template": hash_file(TEMPLATE), "safety_template": hash_file(SAFETY_TEMPLATE)}
+    origin = {"evaluations": hash_json(evaluations), **templates}
     if stale_reason(paths.report, settings={}, made_from=origin) is None:
         log.info("report reused", path=str(paths.report))
         return
     with publish(paths.report, settings={}, made_from=origin) as draft:
-        (draft.path / "report.html").write_text(render(settings, paths), encoding="utf-8")
-        draft.rows = 1
+        pages = {"report.html": render(settings, paths), "safety.html": render_safety(settings)}
+        for name, page in pages.items():
+            if page:
+                (draft.path / name).write_text(page, encoding="utf-8")
+                draft.rows += 1
     log.info("report written", path=str(paths.report / "report.html"))
 
 
 def render(settings: Settings, paths: RunPaths) -> str:
-    """The page."""
-    import jinja2
-
+    """The report."""
     solver = paths_of(settings, settings.trainer.round, "solver")
     rollouts = list(read_lines(paths.training / "rollouts.jsonl"))
     numbers = step_metrics(rollouts)
@@ -94,9 +104,8 @@ def render(settings: Settings, paths: RunPaths) -> str:
     timed = [m for m in metrics if "timing_s/step" in m]
     steps, solved_steps = by_step(rollouts), by_step(list(read_lines(solver.training / "rollouts.jsonl")))
     evaluations = read_evaluations(settings)
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     corpus = Corpus(paths.corpus)
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    return template_of(TEMPLATE).render(
         run=settings.trainer.run,
         round=settings.trainer.round,
         profile=settings.profile,
@@ -122,12 +131,41 @@ def render(settings: Settings, paths: RunPaths) -> str:
         compared=compared(paths),
         loss_plot=plot(*learning_curves(metrics), "step", ""),
         samples=[sample(v, corpus) for v in best(rollouts)],
-        stages=[(label, stage) for label, stage in read_state(paths.run).items()],
+        stages=stage_rows(settings, read_state(paths.run)),
         times=time_rows(timed),
         mismatches=mismatch_rows(timed),
         step_numbers=[m["step"] for m in timed],
         settings=settings.model_dump(mode="json"),
     )
+
+
+def render_safety(settings: Settings) -> str:
+    """The page of the safety prompts, or "" where none were asked."""
+    found = read_evaluations(settings)[-1]["safety"]
+    if found is None:
+        return ""
+    groups = dict.fromkeys(row["group"] for row in found["prompts"])
+    return template_of(SAFETY_TEMPLATE).render(
+        run=settings.trainer.run,
+        round=settings.trainer.round,
+        safety=found,
+        groups=list(groups),
+        labels=LABELS,
+        rules=inspect.cleandoc(safety.__doc__ or "").split("\n\n", 1)[1],  # they stand there and nowhere else
+    )
+
+
+def template_of(file: Path) -> "jinja2.Template":
+    """A template that escapes all values and knows them all."""
+    import jinja2
+
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    return environment.from_string(file.read_text(encoding="utf-8"))
+
+
+def stage_rows(settings: Settings, state: Mapping[str, dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    """The stages with what they have cost, but not this one: what it costs is not known before its end."""
+    return [(label, stage) for label, stage in state.items() if label != f"{settings.trainer.round}.report"]
 
 
 def family(numbers: dict[str, float], prefix: str) -> list[tuple[str, float]]:
@@ -203,15 +241,20 @@ def read_evaluations(settings: Settings) -> list[dict[str, Any]]:
 
 
 def exam_rows(name: str, evaluations: Sequence[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
-    """Label and marks of the base and of each round in one set; the base again where a round has other questions."""
+    """Label and marks of the base and of each round in one set.
+
+    The base stands again above each round that it was compared with otherwise: on other questions, or with other
+    answers, because index or settings had changed.
+    """
     rows: list[tuple[str, dict[str, Any]]] = []
-    asked = 0
+    shown = None
     for one in evaluations:
         if name in one["sets"]:
             found = one["sets"][name]
-            if found["base"]["questions"] != asked:
-                rows.append(("base", found["base"] | {"change": None}))
-                asked = found["base"]["questions"]
+            if (found["asked"], found["base"]) != shown:
+                label = f"base, as asked in round {one['round']}" if shown else "base"
+                rows.append((label, found["base"] | {"change": None}))
+                shown = (found["asked"], found["base"])
             rows.append((f"round {one['round']}", found["round"] | {"change": found["change"]}))
     return rows
 
@@ -227,6 +270,7 @@ def plot(x: Sequence[int], lines: dict[str, list[float]], x_label: str, y_label:
     """An SVG of some lines; "" when there is nothing to draw."""
     if not x or not lines:
         return ""
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -240,5 +284,6 @@ def plot(x: Sequence[int], lines: dict[str, list[float]], x_label: str, y_label:
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None})
+    with rc_context({"svg.hashsalt": " ".join(lines)}):  # the same numbers, the same bytes; no id twice in a page
+        figure.savefig(text, format="svg", metadata={"Date": None})
     return text.getvalue()[text.getvalue().index("<svg") :]

@@ -5,6 +5,7 @@ round before, and so does the solver; the solver of the round before is the one 
 settings of a role reach all processes of its training as variables (`shared.settings.as_environment`).
 """
 
+from collections.abc import Mapping
 from typing import Literal
 
 from services.trainer.paths import RunPaths, run_paths
@@ -15,6 +16,15 @@ from shared.settings import Settings, changed
 
 Role = Literal["proposer", "solver"]
 TOOL_MARKUP_TOKENS = 64  # what chat template and last-turn note add to a search result
+REJECTED = "rejected_"
+REMEDIES = {
+    "malformed": "train the proposer for longer (DRZERO_TRAINER__STEPS)",
+    "not_answerable": "lower DRZERO_TRAINER__QUESTIONS__MIN_WITH_EVIDENCE",
+    "known": "raise DRZERO_TRAINER__QUESTIONS__MAX_WITHOUT",
+    "duplicate": "raise DRZERO_TRAINER__QUESTIONS__LIKENESS",
+    "held_out_paper": "lower DRZERO_TRAINER__QUESTIONS__HELD_OUT_SHARE",
+    "evaluation_paper": "ingest more papers that are in no evaluation set",
+}
 
 
 def proposer_settings(settings: Settings, number: int) -> Settings:
@@ -41,9 +51,7 @@ def solver_settings(settings: Settings, number: int) -> Settings:
     if train < own.prompts_per_step or not held_out:
         raise UsageError(
             f"expected at least DRZERO_TRAINER__SOLVER__PROMPTS_PER_STEP = {own.prompts_per_step} verified questions "
-            f"in round {number} and 1 that is kept out, found {train} and {held_out}; raise "
-            "DRZERO_TRAINER__QUESTIONS__PAPERS or DRZERO_TRAINER__QUESTIONS__CANDIDATES, train the proposer for "
-            "longer, or lower the first number"
+            f"in round {number} and 1 that is kept out, found {train} and {held_out}; {remedy(settings, questions)}"
         )
     turns = reward.max_turns
     longest = turns * reward.max_new_tokens + (turns - 1) * (reward.max_tool_tokens + TOOL_MARKUP_TOKENS)
@@ -73,6 +81,23 @@ def solver_settings(settings: Settings, number: int) -> Settings:
         "trainer.guided_tool_call": False,
     }
     return changed(settings, changes)
+
+
+def remedy(settings: Settings, counts: Mapping[str, int]) -> str:
+    """What helps a round with these counts of questions, too few of them."""
+    train, held_out = counts[TRAIN], counts[HELD_OUT]
+    words = "raise DRZERO_TRAINER__QUESTIONS__PAPERS or DRZERO_TRAINER__QUESTIONS__CANDIDATES"
+    if not held_out:
+        words += " (one is kept out as soon as two papers have verified questions)"
+    elif train:
+        words += f", or lower DRZERO_TRAINER__SOLVER__PROMPTS_PER_STEP to {train}"
+    rejected = {name: counts[REJECTED + name] for name in REMEDIES if counts.get(REJECTED + name)}
+    if rejected:
+        worst = max(rejected, key=rejected.__getitem__)
+        words += (
+            f"; {rejected[worst]} of {counts['candidates']} candidates were rejected as `{worst}`: {REMEDIES[worst]}"
+        )
+    return words
 
 
 def paths_of(settings: Settings, number: int, role: Role) -> RunPaths:

@@ -90,7 +90,7 @@ def seed_settings(trainer: TrainerSettings) -> dict[str, Any]:
 def barred_pmids(trainer: TrainerSettings) -> frozenset[str]:
     """Papers that neither seeds nor questions may come from: those of every evaluation set."""
     listed = read_pmids(trainer.exclude_pmids, "DRZERO_TRAINER__EXCLUDE_PMIDS")
-    return listed | frozenset(item.pmid for item in evaluation_items(trainer.evaluation) if item.pmid)
+    return listed | {pmid for item in evaluation_items(trainer.evaluation) for pmid in item.papers}
 
 
 # --- which papers

@@ -1,4 +1,4 @@
-"""What the trainer shows while it runs: /health, /metrics and /report on settings.trainer.port.
+"""What the trainer shows while it runs: /health, /metrics, /report and /safety.html on settings.trainer.port.
 
 Gauges hold the newest step: verl's names as they are in `drzero_trainer_verl{name="actor/grad_norm"}`, and each name of
 `step_metrics.py` in the family of its kind, such as `drzero_trainer_reward_mean{part="format_think"}`,
@@ -28,6 +28,7 @@ from starlette.background import BackgroundTask
 from services.trainer.guards import NAMES, Alarm
 from services.trainer.step_metrics import REWARD_TAIL, mismatch, step_times
 from services.trainer.totals import Totals, families, read_totals, write_totals
+from shared.access import Access, api_token
 from shared.metrics import REGISTRY, metrics_text
 from shared.settings import Settings, TrainerSettings
 from shared.sockets import listen
@@ -261,6 +262,14 @@ def health() -> dict[str, object]:
     return {"status": "ok" if calm else "warning", **HEALTH}
 
 
+def newest_page(run: Path, name: str) -> Response:
+    """A page of the last round that has a report."""
+    pages = sorted(run.glob(f"*/report/{name}"), key=lambda page: int(page.parts[-3]))
+    if not pages:
+        return JSONResponse({"detail": "no report yet: it is written when a round ends"}, status_code=404)
+    return FileResponse(pages[-1], media_type="text/html")
+
+
 def serve_in_background(trainer: TrainerSettings, run: Path) -> uvicorn.Server:
     """Serve the run in this folder until the process ends; returns the server, which `finish` ends with the run."""
     TOTALS.open(run)
@@ -268,6 +277,7 @@ def serve_in_background(trainer: TrainerSettings, run: Path) -> uvicorn.Server:
     FINISHED.set(0)
     SCRAPES.begin()
     app = FastAPI(title="Dr. Zero trainer")
+    app.add_middleware(Access, token=api_token())
 
     @app.get("/health")
     def show_health() -> JSONResponse:
@@ -281,10 +291,11 @@ def serve_in_background(trainer: TrainerSettings, run: Path) -> uvicorn.Server:
 
     @app.get("/report")
     def show_report() -> Response:
-        pages = sorted(run.glob("*/report/report.html"), key=lambda page: int(page.parts[-3]))
-        if not pages:
-            return JSONResponse({"detail": "no report yet: it is written when a round ends"}, status_code=404)
-        return FileResponse(pages[-1], media_type="text/html")
+        return newest_page(run, "report.html")
+
+    @app.get("/safety.html")  # as the report links to it
+    def show_safety() -> Response:
+        return newest_page(run, "safety.html")
 
     listener = listen("trainer", trainer.host, trainer.port)
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))

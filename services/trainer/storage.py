@@ -27,7 +27,7 @@ from shared.command import UsageError, run
 from shared.files import ArtifactError, free_gb
 from shared.settings import Settings
 
-LOCK = ".driver.lock"  # of services/trainer/__main__.py, in the folder of a run
+LOCK = ".driver.lock"  # in the folder of a run, held by the process that drives it
 COMMAND = "python -m services.trainer.storage --prune"
 GB = 10**9
 HEADER = ("", "run", "round", "role", "what", "size", "age", "")
@@ -51,16 +51,21 @@ def main(arguments: argparse.Namespace, settings: Settings, log: structlog.stdli
         require_enough(chosen, wanted)
 
 
-def require_budget(settings: Settings, *, adding: int = 0) -> None:
-    """Raise ArtifactError when the kept files, and `adding` bytes more, take more than `storage.budget_gb`."""
+def require_budget(settings: Settings) -> None:
+    """Raise ArtifactError when the kept files take more than `storage.budget_gb`."""
     budget = settings.storage.budget_gb
-    found = (kept_bytes(settings) + adding) / GB
-    if budget and found > budget:
+    if budget and (found := kept_bytes(settings)) > budget * GB:
         raise ArtifactError(
-            f"the kept files in {settings.storage.data_dir} take {found:.1f} GB"
-            f"{f', {adding / GB:.1f} of them to be written now' if adding else ''}, expected at most "
+            f"the kept files in {settings.storage.data_dir} take {sized(found)}, expected at most "
             f"DRZERO_STORAGE__BUDGET_GB = {budget:g}; `{COMMAND}` says what may go and frees it with --yes; or raise it"
         )
+
+
+def warn_of_budget(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
+    """Say before a run that its files will not fit the budget, not only when they do not."""
+    expected, budget = estimate(settings), settings.storage.budget_gb
+    if expected is not None and budget and (gb := expected.kept(settings.trainer.iterations)) > budget:
+        log.warning("the run will not fit DRZERO_STORAGE__BUDGET_GB", expected_gb=round(gb, 1), budget_gb=budget)
 
 
 def kept_bytes(settings: Settings) -> int:
@@ -101,7 +106,7 @@ def require_enough(chosen: Sequence[Part], wanted: Wanted) -> None:
         found = freed(part for part in chosen if part.origin.place in places)
         if found < bytes_wanted:
             raise UsageError(
-                f"expected {sized(bytes_wanted)} of {name} that may go, found {sized(found)}; delete a run by hand "
+                f"expected {sized(bytes_wanted)} of {name} that may go, found {sized(found)}; delete exports or a run "
                 "(its folders in data/runs and scratch/runs), raise DRZERO_STORAGE__BUDGET_GB, or use a larger disk"
             )
 
@@ -176,8 +181,9 @@ def totals(settings: Settings, parts: Sequence[Part]) -> list[str]:
     if expected is not None:
         rounds = settings.trainer.iterations
         lines.append(
-            f"a run of these settings ({rounds} {'round' if rounds == 1 else 'rounds'}) keeps at most "
-            f"{expected.most(rounds):.1f} GB at once, {expected.weights:.1f} for each model's weights"
+            f"a run of these settings ({rounds} {'round' if rounds == 1 else 'rounds'}) keeps "
+            f"{expected.kept(rounds):.1f} GB, {expected.pruned(rounds):.1f} with superseded weights freed; "
+            f"each model's weights take {expected.weights:.1f}"
         )
     return lines
 
@@ -219,7 +225,7 @@ def as_json(settings: Settings, parts: Sequence[Part], chosen: Sequence[Part]) -
                 "kept": round(free_gb(storage.data_dir) * GB),
                 "scratch": round(free_gb(storage.scratch_dir) * GB),
             },
-            "expected_bytes": None if expected is None else round(expected.most(settings.trainer.iterations) * GB),
+            "expected_bytes": None if expected is None else round(expected.kept(settings.trainer.iterations) * GB),
             "goes": [str(part.path) for part in chosen],
             "goes_bytes": freed(chosen),
         },

@@ -39,6 +39,7 @@ from services.trainer.records import (
     seconds_trained,
     valid_only,
 )
+from services.trainer.verl_main import PARENT
 from services.trainer.watch import Problem, Watch
 from shared.command import UsageError
 from shared.files import hash_json, publish, read_manifest, require_free_space, stale_reason, write_atomically
@@ -103,7 +104,7 @@ def begin_or_resume(paths: RunPaths, key: str, log: structlog.stdlib.BoundLogger
         log.info("an interrupted training is resumed", folder=str(paths.work))
     else:
         shutil.rmtree(paths.work, ignore_errors=True)
-        write_atomically(state, json.dumps({"key": key}))
+        write_atomically(state, json.dumps({"key": key}), alone=True)
     paths.log.mkdir(parents=True, exist_ok=True)
     paths.outage.unlink(missing_ok=True)
 
@@ -117,7 +118,7 @@ def run_to_the_end(settings: Settings, paths: RunPaths, log: structlog.stdlib.Bo
         if problem is None and finished(settings, paths):
             return
         if problem is not None and problem.good_step is not None:
-            raise UsageError(give_up(problem.text, problem.good_step, paths))
+            raise UsageError(give_up(problem.text, problem.good_step, settings, paths))
         outage = read_outage(paths.outage)
         if outage is not None:
             raise UsageError(f"training stopped: {outage}. {how_to_resume(paths)}")
@@ -139,12 +140,12 @@ def validated(rows: list[Verdict], trainer: TrainerSettings) -> bool:
     return len(rows) >= trainer.eval_seeds and lost <= trainer.max_invalid_share * trainer.eval_seeds
 
 
-def give_up(problem: str, good_step: int, paths: RunPaths) -> str:
+def give_up(problem: str, good_step: int, settings: Settings, paths: RunPaths) -> str:
     """Go back to the last checkpoint of at most step `good_step` after a fatal alarm; returns the words for it."""
     good = go_back(paths.checkpoints, paths.good, through=good_step)
     if good is None:
         return f"training stopped: {problem}. There is no checkpoint from before that: the same command starts afresh"
-    publish_last_good(paths, good)
+    publish_last_good(settings, paths, good)
     return (
         f"training stopped: {problem}. The last good checkpoint is that of step {good[0]}; its weights are in "
         f"{paths.last_good}. The same command tries again from there; to change settings and keep what was learnt, set "
@@ -218,7 +219,7 @@ def cluster_variables(settings: Settings) -> dict[str, str]:
 @contextmanager
 def child(overrides: list[str], variables: Mapping[str, str], paths: RunPaths) -> Iterator[subprocess.Popen[bytes]]:
     """verl in a process group of its own; the group is ended when the block ends."""
-    environment = os.environ | variables
+    environment = os.environ | variables | {PARENT: str(os.getpid())}
     command = [sys.executable, "-m", "services.trainer.verl_main", *overrides]
     with (paths.log / "verl.log").open("ab") as output:
         process = subprocess.Popen(

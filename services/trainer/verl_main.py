@@ -10,13 +10,19 @@ import sys
 from types import SimpleNamespace
 
 PR_SET_PDEATHSIG = 1
+PARENT = "DRIVER_PID"  # variable: the process that has started this one
 
 
-def die_with_parent() -> None:
-    """Ask Linux for SIGTERM when the parent dies; elsewhere a killed parent leaves this process to the user."""
+def die_with_parent(parent: int) -> None:
+    """Ask Linux for SIGTERM when the parent dies; elsewhere a killed parent leaves this process to the user.
+
+    A parent that died before it was asked is missed by Linux, so that is looked for.
+    """
     if not sys.platform.startswith("linux"):
         return
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def main() -> None:
@@ -39,5 +45,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    die_with_parent()
+    die_with_parent(int(os.environ[PARENT]))
     main()
