@@ -16,6 +16,7 @@ from pathlib import Path
 import structlog
 
 from services.trainer import status
+from services.trainer.disk_metrics import show_disk
 from services.trainer.evaluate import evaluate
 from services.trainer.paths import RunPaths, run_paths
 from services.trainer.publish import publish_solver, publish_weights
@@ -69,9 +70,13 @@ def main(first: str, last: str, settings: Settings, log: structlog.stdlib.BoundL
     with only_driver(paths.run):
         server = status.serve_in_background(settings.trainer, paths.run)
         state = RunState(paths.run, settings)
+        status.show_run(settings)
+        status.show_spent(state.stages)
+        show_disk(settings)
         for number, name in places:
             run_stage(number, name, settings, state, log)
-        server.should_exit = True
+            status.show_spent(state.stages)
+        status.finish(server)
     if places[-1][1] == "report":
         print(f"report: {run_paths(proposer_settings(settings, places[-1][0])).report / 'report.html'}")
 
