@@ -517,3 +517,13 @@ def test_a_run_that_nobody_scrapes_ends_at_once(tmp_path: Path) -> None:
         began = time.monotonic()
         status.finish(server)
         assert time.monotonic() - began < 5
+
+
+def test_what_a_run_has_taken_is_shown_as_it_grows(page: httpx.Client) -> None:
+    stages: dict[str, dict[str, Any]] = {"1.seeds": {"seconds": 10.0, "energy_wh": None, "cost": None}}
+    status.show_spent(stages)
+    names = ("run_seconds", "run_energy_joules", "run_cost")
+    assert [series(page)[f"drzero_trainer_{name}",] for name in names] == [10, 0, 0]
+    made_again = {"seconds": 5.0, "energy_wh": 2.0, "cost": 0.5}
+    stages["1.train"] = {"seconds": 20.0, "energy_wh": 1.0, "cost": 0.25, "unfinished": made_again}
+    assert [series(page)[f"drzero_trainer_{name}",] for name in names] == [35, 3 * 3600, 0.75]

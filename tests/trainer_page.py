@@ -24,7 +24,7 @@ def main() -> None:
     run.mkdir(parents=True, exist_ok=True)
     server = status.serve_in_background(settings.trainer, run)
     status.show_run(settings)
-    status.show_spent({"1.seeds": {"seconds": 12.0, "energy_wh": 0.5}})
+    status.show_spent({"1.seeds": {"seconds": 12.0, "energy_wh": 0.5, "cost": 0.1}})
     show_disk(settings)
     status.show_stage("train", 1)
     status.show_training(settings.trainer, 0, {}, {})

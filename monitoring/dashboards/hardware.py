@@ -28,7 +28,7 @@ HARDWARE = Dashboard(
                 curves(
                     "Energy in an hour",
                     ("sum(increase(DCGM_FI_DEV_TOTAL_ENERGY_CONSUMPTION[1h])) / 1000", "all cards"),
-                    ("drzero_trainer_finished_stages_energy_joules", "the run's finished stages"),
+                    ("drzero_trainer_run_energy_joules", "the whole run"),
                     unit="joule",
                 ),
             ],

@@ -23,12 +23,7 @@ TRAINING = Dashboard(
                 number("Since a checkpoint", "drzero:checkpoint_age:seconds", "s"),
                 number("Steps of the run", "drzero_trainer_steps_total"),
                 number("Tokens of the run", "drzero_trainer_tokens_total"),
-                number(
-                    "Cost so far",
-                    "(drzero_trainer_finished_stages_seconds + time() - drzero_trainer_stage_start_timestamp_seconds)"
-                    " / 3600 * drzero_trainer_price_per_hour",
-                    about="By trainer.price_per_hour; 0 where that is not set.",
-                ),
+                number("Cost so far", "drzero_trainer_run_cost", about="By trainer.price_per_hour; 0: not set."),
             ],
         ),
         Row(

@@ -75,7 +75,6 @@ def main(first: str, last: str, settings: Settings, log: structlog.stdlib.BoundL
         show_disk(settings)
         for number, name in places:
             run_stage(number, name, settings, state, log)
-            status.show_spent(state.stages)
         status.finish(server)
     if places[-1][1] == "report":
         print(f"report: {run_paths(proposer_settings(settings, places[-1][0])).report / 'report.html'}")

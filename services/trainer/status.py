@@ -55,9 +55,9 @@ PLANNED_ROUNDS = gauge("planned_rounds", "Rounds that the run shall have.")
 FINISHED = gauge("finished", "1 once everything that was asked for is done and the process ends.")
 WAITING = gauge("waiting", "1 while the trainer waits; /health says for what.")
 ALARM = gauge("alarm_steps", "Bad steps in a row, by alarm; 0: not raised.", "alarm")
-SPENT = gauge("finished_stages_seconds", "Seconds of the run's finished and interrupted stages.")
-ENERGY = gauge("finished_stages_energy_joules", "Energy that the GPUs took for them; 0 where they do not tell.")
-PRICE = gauge("price_per_hour", "What an hour of this machine costs, in the currency of the setting; 0: not known.")
+SPENT = gauge("run_seconds", "Wall clock that the run's stages have taken, unfinished ones among them.")
+ENERGY = gauge("run_energy_joules", "Energy that the GPUs took for them; 0 where they do not tell.")
+COST = gauge("run_cost", "What they have cost, in the currency of trainer.price_per_hour; 0 where that is not set.")
 
 VERL = gauge("verl", "verl's metrics of the last step, by their own names.", "name")
 MEAN = gauge("reward_mean", "Mean of each part of the reward over the valid rollouts, last step.", "part")
@@ -150,17 +150,23 @@ HEALTH: Health = {"stage": "", "round": 0, "step": 0, "alarms": [], "waiting": N
 
 
 def show_run(settings: Settings) -> None:
-    """Show which run this is and what it shall cost and have."""
+    """Show which run this is and what it shall have."""
     RUN.clear()
     RUN.labels(settings.trainer.run, settings.profile).set(1)
     PLANNED_ROUNDS.set(settings.trainer.iterations)
-    PRICE.set(settings.trainer.price_per_hour)
 
 
 def show_spent(stages: Mapping[str, Mapping[str, Any]]) -> None:
-    """Show what the stages of `run_state.py` have taken so far."""
-    SPENT.set(sum(float(stage.get("seconds") or 0.0) for stage in stages.values()))
-    ENERGY.set(sum(float(stage.get("energy_wh") or 0.0) * 3600 for stage in stages.values()))
+    """Show what the stages of `run_state.py` have taken, from now on as they stand when they are asked for."""
+    SPENT.set_function(lambda: taken(stages, "seconds"))
+    ENERGY.set_function(lambda: taken(stages, "energy_wh") * 3600)
+    COST.set_function(lambda: taken(stages, "cost"))
+
+
+def taken(stages: Mapping[str, Mapping[str, Any]], name: str) -> float:
+    """The sum of one number over all stages; what is not known counts nothing."""
+    accounts = [account for stage in list(stages.values()) for account in (stage, stage.get("unfinished")) if account]
+    return sum(float(account.get(name) or 0.0) for account in accounts)
 
 
 def show_training(trainer: TrainerSettings, step: int, verls: Mapping[str, float], ours: Mapping[str, float]) -> None:

@@ -96,4 +96,4 @@ def read_totals(folder: Path) -> Totals:
 
 def write_totals(folder: Path, totals: Totals) -> None:
     """Keep them beside the run's state."""
-    write_atomically(folder / FILE, json.dumps(asdict(totals), indent=2) + "\n")
+    write_atomically(folder / FILE, json.dumps(asdict(totals), indent=2) + "\n", alone=True)
