@@ -12,6 +12,7 @@ from round_world import json_lines, solver_verdict
 from structlog.testing import capture_logs
 
 from services.trainer import status
+from services.trainer.guards import Alarm
 from services.trainer.paths import RunPaths, run_paths
 from services.trainer.records import Verdict
 from services.trainer.train import give_up
@@ -163,7 +164,9 @@ def test_a_watch_that_begins_anew_shows_the_newest_step_its_plan_and_its_checkpo
         finish_step(paths, step, **{"actor/grad_norm": step / 10})
     write_checkpoint(paths, 2)
     before = shown("steps_total")
+    status.show_alarms([Alarm("reward", step=9, streak=1, fatal=False, text="of a training before")])
     Watch(settings, paths, LOG)
+    assert REGISTRY.get_sample_value("drzero_trainer_alarm_steps", {"alarm": "reward"}) == 0
     assert shown("step") == 2
     assert REGISTRY.get_sample_value("drzero_trainer_verl", {"name": "actor/grad_norm"}) == 0.2
     assert REGISTRY.get_sample_value("drzero_trainer_reward_mean", {"part": "score"}) == 0.3
