@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.trainer import run_state
-from services.trainer.__main__ import STAGES, chosen, only_driver, place, run_stage
+from services.trainer.__main__ import STAGES, chosen, place, run_stage
+from services.trainer.driver import only_driver
 from services.trainer.paths import run_paths
 from services.trainer.questions import question_settings
 from services.trainer.rounds import Role, paths_of, proposer_settings, solver_settings
@@ -302,7 +303,7 @@ def test_an_end_before_the_beginning_is_refused() -> None:
 
 def test_a_second_driver_of_the_same_run_is_refused(tmp_path: Path) -> None:
     script = (
-        "from pathlib import Path\nfrom services.trainer.__main__ import only_driver\n"
+        "from pathlib import Path\nfrom services.trainer.driver import only_driver\n"
         "from shared.command import UsageError\n"
         f"try:\n    only_driver(Path({str(tmp_path)!r})).__enter__()\nexcept UsageError as error:\n    print(error)\n"
     )
@@ -315,7 +316,7 @@ def test_a_second_driver_of_the_same_run_is_refused(tmp_path: Path) -> None:
 
 def test_a_driver_that_was_killed_leaves_the_run_free(tmp_path: Path) -> None:
     script = (
-        "import sys\nfrom pathlib import Path\nfrom services.trainer.__main__ import only_driver\n"
+        "import sys\nfrom pathlib import Path\nfrom services.trainer.driver import only_driver\n"
         f"with only_driver(Path({str(tmp_path)!r})):\n    print('driving', flush=True)\n    sys.stdin.read()\n"
     )
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}

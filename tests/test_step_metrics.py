@@ -20,6 +20,7 @@ from round_world import solver_verdict
 
 from services.trainer import status
 from services.trainer.guards import NAMES, alarms
+from services.trainer.paths import run_paths
 from services.trainer.step_metrics import (
     MISMATCH,
     PART_TIMERS,
@@ -31,8 +32,8 @@ from services.trainer.step_metrics import (
     step_times,
 )
 from services.trainer.totals import OF_VERL, Totals, families
-from shared.files import publish
-from shared.settings import GuardSettings, TrainerSettings
+from shared.files import publish, write_atomically
+from shared.settings import GuardSettings, Settings, changed
 
 Verdict = dict[str, Any]
 LOST: Verdict = {"valid": 0.0, "invalid_reason": "solver", "score": 0.0, "attempts_valid": 0.0}
@@ -318,12 +319,19 @@ def test_a_text_that_is_cut_ends_with_a_sign_of_it() -> None:
     assert shorten("abcdef", 5) == "abcd…"
 
 
+def settings_in(folder: Path, port: int = 0) -> Settings:
+    return changed(
+        Settings(),
+        {"storage.data_dir": folder / "data", "storage.scratch_dir": folder / "scratch", "trainer.port": port or 8002},
+    )
+
+
 @contextmanager
-def served(run: Path) -> Iterator[tuple[uvicorn.Server, httpx.Client]]:
-    """The status page of the run in a folder, and a client of it."""
+def served(folder: Path) -> Iterator[tuple[uvicorn.Server, httpx.Client]]:
+    """The status page of the run whose data lies in a folder, and a client of it."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    server = status.serve_in_background(TrainerSettings(port=port), run)
+    server = status.serve_in_background(settings_in(folder, port))
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=30) as client:
         yield server, client
     server.should_exit = True
@@ -336,11 +344,12 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
 
 
 def test_the_report_is_that_of_the_newest_round_and_until_then_none(tmp_path: Path) -> None:
-    (tmp_path / "state.json").write_text("{}", encoding="utf-8")
+    run = run_paths(settings_in(tmp_path)).run
+    write_atomically(run / "state.json", '{"stages": {}}')
     with served(tmp_path) as (_, client):
         assert client.get("/report").status_code == client.get("/safety.html").status_code == 404
         for number in (9, 10, 2):  # 10 comes after 9, and what is written last is not the newest round
-            with publish(tmp_path / str(number) / "report", settings={}, made_from={}) as draft:
+            with publish(run / str(number) / "report", settings={}, made_from={}) as draft:
                 (draft.path / "report.html").write_text(f"<p>Round {number}</p>", encoding="utf-8")
                 (draft.path / "safety.html").write_text(f"<p>Safety {number}</p>", encoding="utf-8")
             for place, word in (("/report", "Round"), ("/safety.html", "Safety")):

@@ -609,6 +609,141 @@ def test_advantage_and_masks_stand_where_a_valid_row_was_sampled_and_nowhere_els
         assert fields["response_mask"].dtype == nested.dtype
 
 
+# --- a person's requests between steps
+
+
+@dataclass
+class Fitted:
+    """verl's own loop over steps that do nothing; `seen` has what happened, in order."""
+
+    trainer: Any
+    paths: RunPaths
+    after: Mapping[int, Callable[[], object]]  # step → what a person does while it runs
+    seen: list[str] = field(default_factory=list)
+
+    def fit(self, steps: int) -> None:
+        trainer = self.trainer
+        trainer.global_steps, trainer.steps_per_epoch, trainer.total_training_steps = 0, steps, steps
+        trainer.config.trainer.val_before_train, trainer.config.trainer.test_freq = False, 0
+        trainer.config.trainer.logger = ["file"]
+        trainer.checkpoint_manager = self
+        trainer._init_dump_executor()
+        trainer.step, trainer._save_checkpoint = self.step, self.save_checkpoint
+        trainer._compute_metrics = lambda batch, metrics, timing, **_: metrics.update(
+            {f"timing_s/{name}": value for name, value in timing.items()}
+        )
+        trainer.fit(None)
+
+    def step(self, metrics: dict[str, Any], timing: dict[str, float]) -> Any:
+        import transfer_queue as tq
+
+        number = self.trainer.global_steps
+        self.seen.append(f"step {number}")
+        self.after.get(number, lambda: None)()
+        tag = {"is_prompt": True, "status": "finished", "global_steps": number}
+        tq.kv_batch_put(keys=[f"row-{number}"], partition_id="train", tags=[tag])
+        return tq.KVBatchMeta(partition_id="train", keys=[f"row-{number}"], tags=[tag])
+
+    def save_checkpoint(self) -> None:
+        self.seen.append(f"checkpoint {self.trainer.global_steps}")
+
+    def update_weights(self, step: int) -> None:
+        """What verl asks of its checkpoint manager when a step ends."""
+
+
+@pytest.fixture
+def fitted(
+    stage: Callable[..., Stage], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., Fitted]]:
+    """verl's loop in a run that is driven."""
+    from services.trainer import control
+    from services.trainer.driver import only_driver
+
+    monkeypatch.setattr(control, "POLL_S", 0.01)
+    monkeypatch.setenv("VERL_FILE_LOGGER_PATH", str(tmp_path / "metrics.jsonl"))
+    here = stage(lambda number, prompt, session: GOOD, TRAINER__SAVE_EVERY="10")
+    with only_driver(here.paths.run):
+        yield lambda after: Fitted(here.trainer, here.paths, after)
+
+
+def logged(folder: Path) -> dict[int, dict[str, float]]:
+    """verl's metrics by step."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["data"] for row in rows}
+
+
+def test_a_stop_ends_verl_after_the_step_with_its_checkpoint_and_its_metrics(
+    fitted: Callable[..., Fitted], tmp_path: Path
+) -> None:
+    from services.trainer.control import order
+
+    run = fitted({})
+    run.after = {2: lambda: order(run.paths.run, "stop")}
+    with pytest.raises(SystemExit) as ended:
+        run.fit(5)
+    assert ended.value.code == 0
+    assert run.seen == ["step 1", "step 2", "checkpoint 2"]
+    assert list(logged(tmp_path)) == [1, 2]
+    assert "timing_s/save_checkpoint" in logged(tmp_path)[2]
+
+
+def test_a_pause_holds_the_next_step_and_its_time_is_nobodys(fitted: Callable[..., Fitted], tmp_path: Path) -> None:
+    from services.trainer.control import order
+
+    run = fitted({})
+    texts: list[str] = []
+
+    def lift() -> None:
+        while not run.paths.waiting.is_file():
+            time.sleep(0.01)
+        texts.append(json.loads(run.paths.waiting.read_text())["text"])
+        assert run.seen == ["step 1", "step 2", "checkpoint 2"]
+        time.sleep(1.0)  # the pause that step 3 must not count
+        order(run.paths.run, "resume")
+
+    person = threading.Thread(target=lift)
+
+    def pause() -> None:
+        order(run.paths.run, "pause")
+        person.start()
+
+    run.after = {2: pause}
+    run.fit(3)
+    person.join()
+    assert "paused on request after step 2" in texts[0]
+    assert not run.paths.waiting.exists()
+    assert run.seen == ["step 1", "step 2", "checkpoint 2", "step 3", "checkpoint 3"]
+    assert 0 <= logged(tmp_path)[3]["timing_s/step"] < 0.5
+
+
+def test_a_stop_during_a_pause_needs_no_further_step(fitted: Callable[..., Fitted]) -> None:
+    from services.trainer.control import order
+
+    run = fitted({})
+
+    def stop() -> None:
+        while not run.paths.waiting.is_file():
+            time.sleep(0.01)
+        order(run.paths.run, "stop")
+
+    person = threading.Thread(target=stop)
+    run.after = {1: lambda: (order(run.paths.run, "pause"), person.start())}
+    with pytest.raises(SystemExit):
+        run.fit(3)
+    person.join()
+    assert run.seen == ["step 1", "checkpoint 1"]
+
+
+def test_a_stop_in_the_last_step_lets_the_training_finish(fitted: Callable[..., Fitted], tmp_path: Path) -> None:
+    from services.trainer.control import order
+
+    run = fitted({})
+    run.after = {2: lambda: order(run.paths.run, "stop")}
+    run.fit(2)
+    assert run.seen == ["step 1", "step 2", "checkpoint 2"]
+    assert list(logged(tmp_path)) == [1, 2]
+
+
 # --- how verl finds and uses it
 
 

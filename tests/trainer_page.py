@@ -22,7 +22,7 @@ def main() -> None:
     settings = load_settings()
     run = run_paths(settings).run
     run.mkdir(parents=True, exist_ok=True)
-    server = status.serve_in_background(settings.trainer, run)
+    server = status.serve_in_background(settings)
     status.show_run(settings)
     status.show_spent({"1.seeds": {"seconds": 12.0, "energy_wh": 0.5, "cost": 0.1}})
     show_disk(settings)

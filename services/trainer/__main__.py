@@ -6,9 +6,8 @@ resumes and finishes a run. What has finished stands in `runs/<run>/state.json` 
 """
 
 import argparse
-import fcntl
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,9 @@ from pathlib import Path
 import structlog
 
 from services.trainer import status
+from services.trainer.control import Stopped, heed, withdraw
 from services.trainer.disk_metrics import show_disk
+from services.trainer.driver import note, noting_end, only_driver
 from services.trainer.evaluate import evaluate
 from services.trainer.paths import RunPaths, run_paths
 from services.trainer.publish import publish_solver, publish_weights
@@ -26,7 +27,7 @@ from services.trainer.rounds import Role, proposer_settings, solver_settings
 from services.trainer.run_state import RunState
 from services.trainer.seeds import make_seeds
 from services.trainer.solver_seeds import make_solver_seeds
-from services.trainer.storage import LOCK, require_budget, warn_of_budget
+from services.trainer.storage import require_budget, warn_of_budget
 from services.trainer.train import train
 from shared.command import UsageError, run
 from shared.files import sweep
@@ -68,16 +69,48 @@ def main(first: str, last: str, settings: Settings, log: structlog.stdlib.BoundL
         self_test(settings, "trainer", log)
     warn_of_budget(settings, log)
     with only_driver(paths.run):
-        server = status.serve_in_background(settings.trainer, paths.run)
-        state = RunState(paths.run, settings)
+        server = status.serve_in_background(settings)
         status.show_run(settings)
-        status.show_spent(state.stages)
         show_disk(settings)
+<<<<<<< HEAD
         for number, name in places:
             run_stage(number, name, settings, state, log)
         status.finish(server)
+=======
+        try:
+            run_stages(places, settings, paths.run, log)
+            withdraw(paths.run)
+            status.finish(server)
+        except Stopped as stop:
+            withdraw(paths.run)
+            print(f"trainer: {stop}")
+            return
+        finally:
+            server.should_exit = True
+>>>>>>> rounds
     if places[-1][1] == "report":
         print(f"report: {run_paths(proposer_settings(settings, places[-1][0])).report / 'report.html'}")
+
+
+def run_stages(places: list[Place], settings: Settings, folder: Path, log: structlog.stdlib.BoundLogger) -> None:
+    """The stages one after the other; between two, a person's request to pause or to stop is heeded."""
+    state = RunState(folder, settings)
+    status.show_spent(state.stages)
+    steps = {"proposer": settings.trainer.steps, "solver": settings.trainer.solver.steps}
+    with noting_end(folder):
+        for number, name in places:
+            label = f"{number}.{name}"
+            note(folder, stage=label, since=time.time(), steps=steps, waiting=None, ended=None)
+            if heed(folder, f"before the stage {label}", partial(show_wait, folder)) == "stop":
+                raise Stopped(f"stopped on request before the stage {label}; run the same command again to go on there")
+            run_stage(number, name, settings, state, log)
+            status.show_spent(state.stages)
+
+
+def show_wait(folder: Path, text: str | None) -> None:
+    """Say why the driver waits between two stages, or that it no longer does."""
+    note(folder, waiting=text)
+    status.show_waiting(text)
 
 
 def run_stage(number: int, name: str, settings: Settings, state: RunState, log: structlog.stdlib.BoundLogger) -> None:
@@ -118,18 +151,6 @@ def place(text: str, default: int, rounds: int) -> Place:
             "(DRZERO_TRAINER__ITERATIONS) before it, as in 1.questions"
         )
     return places[text]
-
-
-@contextmanager
-def only_driver(folder: Path) -> Iterator[None]:
-    """Raise UsageError when another process drives this run."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UsageError(f"another process drives the run {folder}; wait for it or stop it") from error
-        yield
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the trainer shows while it runs: /health, /metrics, /report and /safety.html on settings.trainer.port.
+"""What the trainer shows while it runs: /health, /metrics and the run page (`page.py`) on settings.trainer.port.
 
 Gauges hold the newest step: verl's names as they are in `drzero_trainer_verl{name="actor/grad_norm"}`, and each name of
 `step_metrics.py` in the family of its kind, such as `drzero_trainer_reward_mean{part="format_think"}`,
@@ -18,17 +18,18 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import uvicorn
-from fastapi import FastAPI
-from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.responses import JSONResponse, Response
 from prometheus_client import Gauge
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 from starlette.background import BackgroundTask
 
 from services.trainer.guards import NAMES, Alarm
+from services.trainer.page import create_app
+from services.trainer.paths import run_paths
 from services.trainer.step_metrics import REWARD_TAIL, mismatch, step_times
 from services.trainer.totals import Totals, families, read_totals, write_totals
-from shared.access import Access, api_token
+from shared.access import api_token
 from shared.metrics import REGISTRY, metrics_text
 from shared.settings import Settings, TrainerSettings
 from shared.sockets import listen
@@ -269,22 +270,13 @@ def health() -> dict[str, object]:
     return {"status": "ok" if calm else "warning", **HEALTH}
 
 
-def newest_page(run: Path, name: str) -> Response:
-    """A page of the last round that has a report."""
-    pages = sorted(run.glob(f"*/report/{name}"), key=lambda page: int(page.parts[-3]))
-    if not pages:
-        return JSONResponse({"detail": "no report yet: it is written when a round ends"}, status_code=404)
-    return FileResponse(pages[-1], media_type="text/html")
-
-
-def serve_in_background(trainer: TrainerSettings, run: Path) -> uvicorn.Server:
-    """Serve the run in this folder until the process ends; returns the server, which `finish` ends with the run."""
-    TOTALS.open(run)
+def serve_in_background(settings: Settings) -> uvicorn.Server:
+    """Serve the settings' run until the process ends; returns the server, which `finish` ends with the run."""
+    TOTALS.open(run_paths(settings).run)
     LAST_STEP.set(TOTALS.totals.last_step)
     FINISHED.set(0)
     SCRAPES.begin()
-    app = FastAPI(title="Dr. Zero trainer")
-    app.add_middleware(Access, token=api_token())
+    app = create_app(settings, api_token())
 
     @app.get("/health")
     def show_health() -> JSONResponse:
@@ -296,16 +288,8 @@ def serve_in_background(trainer: TrainerSettings, run: Path) -> uvicorn.Server:
         body, kind = metrics_text()
         return Response(body, media_type=kind, background=sent)
 
-    @app.get("/report")
-    def show_report() -> Response:
-        return newest_page(run, "report.html")
-
-    @app.get("/safety.html")  # as the report links to it
-    def show_safety() -> Response:
-        return newest_page(run, "safety.html")
-
-    listener = listen("trainer", trainer.host, trainer.port)
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
+    listener = listen("trainer", settings.trainer.host, settings.trainer.port)
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, limit_concurrency=100))
     threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="status", daemon=True).start()
     return server
 

@@ -23,11 +23,11 @@ import structlog
 from services.trainer.disk_estimate import estimate
 from services.trainer.disk_parts import inventory, run_names, scan, tensors
 from services.trainer.disk_plan import Part, Wanted, choose, freed, shares, total
+from services.trainer.driver import LOCK
 from shared.command import UsageError, run
 from shared.files import ArtifactError, free_gb
 from shared.settings import Settings
 
-LOCK = ".driver.lock"  # in the folder of a run, held by the process that drives it
 COMMAND = "python -m services.trainer.storage --prune"
 GB = 10**9
 HEADER = ("", "run", "round", "role", "what", "size", "age", "")

@@ -77,7 +77,7 @@ def families(totals: Totals) -> Iterator[Metric]:
     """The sums as Prometheus' counters, and the time of an attempt as its histogram."""
     for counter, (words, label) in COUNTERS.items():
         family = CounterMetricFamily(f"drzero_trainer_{counter}", words, labels=[label] if label else [])
-        values = totals.counts.get(counter, {})
+        values = dict(totals.counts.get(counter, {}))  # a copy: a step may end while a scrape is answered
         for value, count in values.items() if label else [("", values.get("", 0.0))]:
             family.add_metric([value] if label else [], count)
         yield family

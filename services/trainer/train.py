@@ -2,8 +2,9 @@
 
 This file starts verl with the overrides of `overrides.py`, follows what it writes, and decides: a crash is resumed
 from the newest checkpoint up to `trainer.restarts` times; an outage that outlasted the patience, a stall, or a further
-crash ends the stage with a sentence. Killed at any moment and started again, it goes on at the newest checkpoint.
-The finished record is published as the artifact `training`; checkpoints stay in scratch.
+crash ends the stage with a sentence, and so does a person who asks for it (`control.py`). Killed at any
+moment and started again, it goes on at the newest checkpoint. The finished record is published as the artifact
+`training`; checkpoints stay in scratch.
 """
 
 import json
@@ -23,6 +24,7 @@ import structlog
 
 from services.trainer.checkpoints import discard_incomplete, go_back, newest_checkpoint, prune
 from services.trainer.checks import check_training
+from services.trainer.control import Stopped, requested
 from services.trainer.outage import read_outage
 from services.trainer.overrides import cluster_overrides, verl_overrides
 from services.trainer.paths import RunPaths
@@ -122,6 +124,8 @@ def run_to_the_end(settings: Settings, paths: RunPaths, log: structlog.stdlib.Bo
         outage = read_outage(paths.outage)
         if outage is not None:
             raise UsageError(f"training stopped: {outage}. {how_to_resume(paths)}")
+        if requested(paths.run) == "stop":
+            raise Stopped(f"training stopped on request. {how_to_resume(paths)}")
         text = problem.text if problem else "verl ended before all steps and validations were done"
         log.warning("training crashed", problem=text, attempt=attempt + 1, log=str(paths.log / "verl.log"))
     raise UsageError(f"training stopped: {text}; see {paths.log / 'verl.log'}. {how_to_resume(paths)}")

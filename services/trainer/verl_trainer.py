@@ -1,12 +1,13 @@
 """verl's synchronous trainer with what self-play needs: hops in the advantage, lost rollouts out of the update.
 
-Registered as `trainer.v1.trainer_mode=drzero`. Four things differ from verl's own class:
+Registered as `trainer.v1.trainer_mode=drzero`. Five things differ from verl's own class:
 
 - Advantages come from `advantage.py`, with hop and validity of each rollout; invalid ones are masked out of the loss.
 - Rewards are waited for when log-probabilities are there (`late_rewards.py`).
 - A batch of which services lost more than `trainer.max_invalid_share` is refused before the weights see it: the trainer
   waits until search and solver are healthy, then rolls the same prompts out again, or has the same rollouts judged
   again where only the solver's attempts were lost. Rollouts that verl itself dropped count as lost.
+- Between two steps a person may pause or stop it (`control.py`), with a checkpoint of the step before.
 - What the advantage was made of is logged as `drzero/…` beside verl's metrics.
 """
 
@@ -17,6 +18,8 @@ import urllib.request
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,6 +35,7 @@ from verl.utils import tensordict_utils
 from verl.utils.debug import marked_timer
 
 from services.trainer.advantage import flat_groups, grpo_advantages, hrpo_advantages
+from services.trainer.control import heed, requested
 from services.trainer.early_workers import EarlyWorkers, start_router
 from services.trainer.late_rewards import LateRewards, Rollout
 from services.trainer.outage import noting_outage
@@ -69,6 +73,7 @@ class SelfPlayTrainer(PPOTrainerSync):  # type: ignore[misc]
         self.trainer_mode = "sync"  # to verl's code this is the synchronous mode; only the class differs
         self._settings = load_settings()
         self._rewards = LateRewards(self._settings)
+        self._asked = False  # whether somebody wanted something of this run when the last step ended
         buffer = super()._build_replay_buffer()
         buffer.poll_interval = POLL_S
         return CheckedBuffer(buffer, self._again, self._settings)
@@ -82,6 +87,25 @@ class SelfPlayTrainer(PPOTrainerSync):  # type: ignore[misc]
         if self._settings.trainer.role == "proposer":
             with noting_outage():
                 serve(self._settings, self._settings.solver.model, structlog.get_logger())
+
+    def on_step_end(self) -> None:
+        """When a pause or a stop is asked for, a checkpoint is saved where verl saves its own."""
+        self._asked = requested(run_paths(self._settings).run) is not None
+        if self._asked and "save_checkpoint" not in self.timing_raw:
+            with marked_timer("save_checkpoint", self.timing_raw):
+                self._save_checkpoint()
+        super().on_step_end()
+
+    def on_step_begin(self) -> None:
+        """The step before is in verl's log now; what was asked for when it ended is done here."""
+        if self._asked:
+            began = time.monotonic()
+            place = f"after step {self.global_steps - 1}"
+            if heed(run_paths(self._settings).run, place, partial(tell, run_paths(self._settings).waiting)) == "stop":
+                raise SystemExit(0)
+            # verl's timer of the step runs already and adds its seconds to this.
+            self.timing_raw["step"] = began - time.monotonic()
+        super().on_step_begin()
 
     def on_validate_begin(self) -> None:
         """A validation is not repeated when services lose it, so it begins only when they are there."""
@@ -196,6 +220,14 @@ def refuse(settings: Settings, step: int, reasons: Counter[str], share: float, r
     wait_for_health(settings, text, patience=settings.trainer.patience_s)
 
 
+def tell(waiting: Path, text: str | None) -> None:
+    """Write down why the trainer waits, or that it no longer does."""
+    if text is None:
+        waiting.unlink(missing_ok=True)
+    else:
+        write_atomically(waiting, json.dumps({"text": text}))
+
+
 def wait_for_health(settings: Settings, reason: str, *, patience: float) -> None:
     """Return when search and solver answer; Unavailable when one has not within `patience` seconds.
 
@@ -210,13 +242,13 @@ def wait_for_health(settings: Settings, reason: str, *, patience: float) -> None
         asked = [f"{url}{path}" for url in addresses_in(urls)]
         places = " or ".join(asked)
         # Written before the question: a service that hangs takes its time to say nothing.
-        write_atomically(waiting, json.dumps({"text": f"{reason}; waiting for {service} at {places}"}))
+        tell(waiting, f"{reason}; waiting for {service} at {places}")
         while not any(map(answers, asked)):
             if time.monotonic() > give_up:
                 with noting_outage():
                     raise Unavailable(service, f"{places} is not healthy after {patience:.0f} s ({reason})")
             time.sleep(PROBE_S)
-    waiting.unlink(missing_ok=True)
+    tell(waiting, None)
 
 
 def answers(address: str) -> bool:

@@ -113,7 +113,7 @@ class Watch:
         if text != self._waiting:
             self._waiting = text
             status.show_waiting(text)
-            self.log.warning("training waits for search and solver", reason=text) if text else self.log.info("goes on")
+            self.log.warning("training waits", reason=text) if text else self.log.info("goes on")
 
     def _stall(self) -> Problem | None:
         """A stall is the lack of verdicts, metrics and checkpoints.
