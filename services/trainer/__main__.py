@@ -72,22 +72,17 @@ def main(first: str, last: str, settings: Settings, log: structlog.stdlib.BoundL
         server = status.serve_in_background(settings)
         status.show_run(settings)
         show_disk(settings)
-<<<<<<< HEAD
-        for number, name in places:
-            run_stage(number, name, settings, state, log)
-        status.finish(server)
-=======
         try:
             run_stages(places, settings, paths.run, log)
             withdraw(paths.run)
             status.finish(server)
         except Stopped as stop:
             withdraw(paths.run)
+            status.finish(server)
             print(f"trainer: {stop}")
             return
         finally:
             server.should_exit = True
->>>>>>> rounds
     if places[-1][1] == "report":
         print(f"report: {run_paths(proposer_settings(settings, places[-1][0])).report / 'report.html'}")
 
@@ -104,7 +99,6 @@ def run_stages(places: list[Place], settings: Settings, folder: Path, log: struc
             if heed(folder, f"before the stage {label}", partial(show_wait, folder)) == "stop":
                 raise Stopped(f"stopped on request before the stage {label}; run the same command again to go on there")
             run_stage(number, name, settings, state, log)
-            status.show_spent(state.stages)
 
 
 def show_wait(folder: Path, text: str | None) -> None:

@@ -171,7 +171,7 @@ def taken(stages: Mapping[str, Mapping[str, Any]], name: str) -> float:
 
 
 def show_training(trainer: TrainerSettings, step: int, verls: Mapping[str, float], ours: Mapping[str, float]) -> None:
-    """Show a training that begins or goes on after `step`, 0 for none, with the numbers of that step and no alarm yet."""
+    """Show a training that begins or goes on after `step`, 0 for none, with that step's numbers and no alarm yet."""
     PLANNED_STEPS.set(trainer.steps)
     SAVE_EVERY.set(trainer.save_every)
     show_alarms([])
