@@ -84,10 +84,11 @@ try:
 except SettingsError as error:
     raise SystemExit(f"{sys.argv[1]}: {error}")
 print(s.retrieval.port, s.solver.port, s.trainer.port, " ".join(addresses_in(s.retrieval.url)), " ".join(addresses_in(s.solver.url)),
-      round(s.trainer.start_patience_s), s.storage.scratch_dir.absolute() / "logs", sep="\n")' "$NAME")
+      round(s.trainer.start_patience_s), s.storage.data_dir.absolute() / "index", s.storage.scratch_dir.absolute() / "logs",
+      sep="\n")' "$NAME")
 {
   read -r retrieval_port && read -r solver_port && read -r trainer_port
-  read -r retrieval_url && read -r solver_url && read -r start_s && read -r LOG_DIR
+  read -r retrieval_url && read -r solver_url && read -r start_s && read -r index && read -r LOG_DIR
 } <<<"$settings"
 export LOG_DIR
 mkdir -p "$LOG_DIR"
@@ -95,6 +96,8 @@ mkdir -p "$LOG_DIR"
 require_free_port retrieval "$retrieval_port" http://127.0.0.1:
 require_free_port solver "$solver_port" http://127.0.0.1:
 if [ "${1:-}" = serve ]; then
+  [ -f "$index/manifest.json" ] || die "expected an index in $index, found none; python -m services.ingest, then" \
+    "python -m services.retrieval.build make it"
   start_services
   echo "serving: search at $retrieval_url, solver at $solver_url"
   wait "$services_pid" || true

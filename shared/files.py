@@ -4,7 +4,7 @@
 is written last and the public name (a relative symbolic link) is swapped to the new version in one rename. A reader
 calls `read_manifest()` and gets an `ArtifactError` with expected, found and remedy when anything does not match.
 Nothing half-written is ever reachable under the public name; leftovers of a killed process are removed by the next
-`publish()` of the same artifact.
+`publish()` of the same artifact, or by `sweep()`.
 """
 
 import fcntl
@@ -118,6 +118,13 @@ def publish(
             link.symlink_to(version.name)
             link.replace(target)
         finally:
+            _sweep(target)
+
+
+def sweep(target: Path) -> None:
+    """Remove what a killed builder of `target` has left, an older version too; the published one stays."""
+    if target.parent.is_dir():
+        with _lock(target, wait=False):
             _sweep(target)
 
 

@@ -118,7 +118,7 @@ def test_our_own_running_service_is_a_warning_unless_ports_must_be_free(service:
 
 
 def test_another_service_of_ours_on_the_port_is_a_failure() -> None:
-    with program({"/health": "{}", "/metrics": "drzero_solver_running_requests 0"}) as port:
+    with program({"/health": "{}", "/metrics": "drzero_solver_pending_requests 0"}) as port:
         assert check_port("retrieval", "127.0.0.1", port).level == "FAIL"
 
 

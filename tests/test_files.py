@@ -17,6 +17,7 @@ from shared.files import (
     read_manifest,
     require_free_space,
     stale_reason,
+    sweep,
     write_atomically,
 )
 
@@ -265,3 +266,16 @@ def test_what_a_killed_writer_has_left_is_gone_with_the_next_write(tmp_path: Pat
     (tmp_path / ".state.json.new").write_text("hal")
     write_atomically(path, "whole", alone=True)
     assert {one.name: one.read_text() for one in tmp_path.iterdir()} == {"state.json": "whole"}
+
+
+def test_what_a_killed_builder_has_left_is_swept_and_what_is_published_stays(tmp_path: Path) -> None:
+    target = tmp_path / "weights"
+    sweep(target)
+    sweep(tmp_path / "no folder" / "weights")
+    with publish(target, settings={}, made_from={}):
+        pass
+    current = target.resolve()
+    for name in (".weights.0123456789ab.17", ".weights.building", "weights.other"):
+        (tmp_path / name).mkdir()
+    sweep(target)
+    assert {path for path in tmp_path.iterdir() if path.is_dir()} == {target, current, tmp_path / "weights.other"}

@@ -250,6 +250,18 @@ def test_servers_end_with_the_process_that_started_them(ran: Any, environ: dict[
     assert processes_of(places) == []
 
 
+@needs_venv
+def test_without_an_index_nothing_is_served(tmp_path: Path) -> None:
+    places = {f"DRZERO_STORAGE__{name}_DIR": str(tmp_path / name) for name in ("DATA", "SCRATCH")}
+    ports = {f"DRZERO_{name}__PORT": str(free_port()) for name in ("RETRIEVAL", "SOLVER")}
+    env = {**os.environ, **places, **ports}
+    said = subprocess.run(["./run-local.sh", "serve"], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert (said.returncode, said.stdout) == (1, "")
+    assert (
+        f"make serve: expected an index in {tmp_path}/DATA/index, found none; python -m services.ingest" in said.stderr
+    )
+
+
 def test_run_local_knows_no_other_word() -> None:
     said = subprocess.run(["./run-local.sh", "stop"], cwd=ROOT, capture_output=True, text=True)
     assert (said.returncode, said.stdout) == (1, "")

@@ -21,7 +21,7 @@ from shared.settings import SolverSettings
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = SolverSettings(engine="transformers", context_tokens=256, max_running=8, max_waiting=16, dtype="float32")
-RUNNING = "drzero_solver_running_requests"
+RUNNING = "drzero_solver_pending_requests"
 NEW_TOKENS = 'drzero_solver_tokens_total{kind="new"}'
 GONE = 'drzero_solver_requests_total{route="/v1/completions",status="499"}'
 

@@ -3,12 +3,16 @@
 import math
 import socket
 import statistics
+import threading
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import uvicorn
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
@@ -27,6 +31,7 @@ from services.trainer.step_metrics import (
     step_metrics,
     step_times,
 )
+from services.trainer.totals import OF_VERL, Totals, families
 from shared.files import publish, write_atomically
 from shared.settings import GuardSettings, Settings, changed
 
@@ -314,31 +319,34 @@ def test_a_text_that_is_cut_ends_with_a_sign_of_it() -> None:
     assert shorten("abcdef", 5) == "abcd…"
 
 
-def settings_in(folder: Path, port: int) -> Settings:
+def settings_in(folder: Path, port: int = 0) -> Settings:
     return changed(
         Settings(),
-        {"storage.data_dir": folder / "data", "storage.scratch_dir": folder / "scratch", "trainer.port": port},
+        {"storage.data_dir": folder / "data", "storage.scratch_dir": folder / "scratch", "trainer.port": port or 8002},
     )
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[tuple[uvicorn.Server, httpx.Client]]:
+    """The status page of the run whose data lies in a folder, and a client of it."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    server = status.serve_in_background(settings_in(folder, port))
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=30) as client:
+        yield server, client
+    server.should_exit = True
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    server = status.serve_in_background(settings_in(tmp_path_factory.mktemp("run"), port))
-    with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=30) as client:
+    with served(tmp_path_factory.mktemp("run")) as (_, client):
         yield client
-    server.should_exit = True
 
 
 def test_the_report_is_that_of_the_newest_round_and_until_then_none(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    settings = settings_in(tmp_path, port)
-    run = run_paths(settings).run
-    server = status.serve_in_background(settings)
+    run = run_paths(settings_in(tmp_path)).run
     write_atomically(run / "state.json", '{"stages": {}}')
-    with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=30) as client:
+    with served(tmp_path) as (_, client):
         assert client.get("/report").status_code == client.get("/safety.html").status_code == 404
         for number in (9, 10, 2):  # 10 comes after 9, and what is written last is not the newest round
             with publish(run / str(number) / "report", settings={}, made_from={}) as draft:
@@ -348,7 +356,6 @@ def test_the_report_is_that_of_the_newest_round_and_until_then_none(tmp_path: Pa
                 reply = client.get(place)
                 assert (reply.status_code, reply.text) == (200, f"<p>{word} {9 if number == 9 else 10}</p>")
                 assert reply.headers["content-type"].startswith("text/html")
-    server.should_exit = True
 
 
 def series(page: httpx.Client) -> dict[tuple[str, ...], float]:
@@ -363,18 +370,20 @@ def test_every_number_of_a_step_is_on_the_page(page: httpx.Client) -> None:
     status.show_step(5, {"actor/grad_norm": 0.5}, numbers)
     shown = series(page)
     assert shown["drzero_trainer_step",] == 5
-    assert shown["drzero_trainer_metric", "actor/grad_norm"] == 0.5
-    assert shown["drzero_trainer_reward_part", "format_think"] == 1
-    assert shown["drzero_trainer_reward_part_max", "score"] == 0.5
-    assert shown["drzero_trainer_solved_share", "2"] == 1
-    assert shown["drzero_trainer_hop", "3", "score_mean"] == 0.5
-    assert shown["drzero_trainer_reasoning_share", "entity"] == 1
-    assert shown["drzero_trainer_seconds", "p50", "attempt"] == 3
-    assert shown["drzero_trainer_rollouts", "invalid_share"] == 0.5
-    gauges = {name for name, *_ in shown if name.startswith("drzero_trainer_")}
-    shared = {"hop", "reasoning_share", "reward_part", "reward_part_max", "rollouts", "seconds", "solved_share"}
-    assert {f"drzero_trainer_{name}" for name in shared} <= gauges
-    assert sum(name.removeprefix("drzero_trainer_") in shared for name, *_ in shown) == len(numbers)
+    assert shown["drzero_trainer_verl", "actor/grad_norm"] == 0.5
+    assert shown["drzero_trainer_reward_mean", "format_think"] == 1
+    assert shown["drzero_trainer_reward_max", "score"] == 0.5
+    assert shown["drzero_trainer_solved_ratio", "2"] == 1
+    assert shown["drzero_trainer_hop_score_mean", "3"] == 0.5
+    assert shown["drzero_trainer_reasoning_ratio", "entity"] == 1
+    assert shown["drzero_trainer_work_seconds", "p50", "attempt"] == 3
+    assert shown["drzero_trainer_rollouts_ratio", "invalid"] == 0.5
+    families = {f"drzero_trainer_{name}" for name in (
+        "hop_rollouts", "hop_score_mean", "hop_score_std", "reasoning_ratio", "reward_max", "reward_mean",
+        "reward_tail_seconds", "rollouts_ratio", "solved_ratio", "step_count", "work_seconds",
+    )}  # fmt: skip
+    assert families <= {name for name, *_ in shown}
+    assert sum(name in families for name, *_ in shown) == len(numbers)
 
 
 def test_the_page_shows_where_the_step_went_and_how_far_rollouts_and_training_differ(page: httpx.Client) -> None:
@@ -397,9 +406,9 @@ def test_numbers_of_an_earlier_step_are_gone_from_the_page(page: httpx.Client) -
     status.show_step(1, {"timing_s/testing": 3.0}, step_metrics([verdict(hop=4)]))
     status.show_step(2, {"actor/loss": None}, step_metrics([verdict(hop=1)]))
     shown = series(page)
-    assert ("drzero_trainer_hop", "4", "score_mean") not in shown
-    assert ("drzero_trainer_metric", "timing_s/testing") not in shown
-    assert math.isnan(shown["drzero_trainer_metric", "actor/loss"])
+    assert ("drzero_trainer_hop_score_mean", "4") not in shown
+    assert ("drzero_trainer_verl", "timing_s/testing") not in shown
+    assert math.isnan(shown["drzero_trainer_verl", "actor/loss"])
 
 
 def test_counters_add_what_each_step_brings(page: httpx.Client) -> None:
@@ -413,7 +422,7 @@ def test_counters_add_what_each_step_brings(page: httpx.Client) -> None:
     assert grown["drzero_trainer_refused_steps_total",] == 2
     assert grown["drzero_trainer_invalid_rollouts_total", "solver"] == 2
     assert grown["drzero_trainer_searches_total",] == 2 * 6
-    assert grown["drzero_trainer_searches_failed_total",] == 2 * 2
+    assert grown["drzero_trainer_failed_searches_total",] == 2 * 2
     assert grown["drzero_trainer_attempts_total", "deadline"] == 2
     assert grown["drzero_trainer_attempt_seconds_count",] == 4
     assert grown["drzero_trainer_attempt_seconds_sum",] == 2 * 122
@@ -428,7 +437,7 @@ def test_health_names_the_stage_the_step_the_alarms_and_what_is_waited_for(page:
     found = alarms({3: {"actor/entropy": 0.0}}, GuardSettings())
     status.show_alarms(found)
     assert page.get("/health").json() == calm | {"status": "warning", "alarms": [found[0].text]}
-    assert {name: series(page)["drzero_trainer_alarm", name] for name in NAMES} == {
+    assert {name: series(page)["drzero_trainer_alarm_steps", name] for name in NAMES} == {
         name: float(name == "entropy") for name in NAMES
     }
     status.show_alarms([])
@@ -446,3 +455,84 @@ def test_only_the_stage_that_runs_is_marked(page: httpx.Client) -> None:
     shown = series(page)
     assert [key for key in shown if key[0] == "drzero_trainer_stage"] == [("drzero_trainer_stage", "train")]
     assert shown["drzero_trainer_round",] == 3
+
+
+def test_a_trainer_that_is_started_again_goes_on_with_the_runs_counters(tmp_path: Path) -> None:
+    verdicts = [verdict(calls_broken={"json": 1}), verdict(**LOST)]
+    verls = {"timing_s/step": 20.0, "perf/total_num_tokens": 5000.0, "drzero/refused": 1.0}
+    with served(tmp_path) as (_, page):
+        for step in (1, 2):
+            status.show_step(step, verls, step_metrics(verdicts), attempt_seconds=attempt_seconds(verdicts))
+        before = totals_of(page)
+    status.TOTALS.totals = Totals()  # as in a new process
+    with served(tmp_path) as (_, page):
+        assert totals_of(page) == before
+        status.show_step(3, verls, step_metrics(verdicts), attempt_seconds=attempt_seconds(verdicts))
+        after = totals_of(page)
+    assert before["drzero_trainer_steps_total",] == 2
+    assert before["drzero_trainer_step_seconds_total",] == 40
+    assert before["drzero_trainer_tokens_total",] == 10_000
+    assert before["drzero_trainer_rollouts_total",] == 4
+    assert after["drzero_trainer_steps_total",] == 3
+    assert all(after[key] >= value for key, value in before.items())
+
+
+def totals_of(page: httpx.Client) -> dict[tuple[str, ...], float]:
+    """The counters of the run, its histogram, and when its last step ended."""
+    endings = ("_total", "attempt_seconds_bucket", "attempt_seconds_sum", "last_step_timestamp_seconds")
+    shown = series(page).items()
+    return {key: value for key, value in shown if key[0].startswith("drzero_trainer_") and key[0].endswith(endings)}
+
+
+@given(st.lists(st.floats(0, 1e4)))
+def test_the_histogram_of_attempts_is_cumulative_and_has_each_in_its_bucket(times: list[float]) -> None:
+    totals = Totals()
+    totals.add_step({}, {}, times, now=1.0)
+    histogram = list(families(totals))[-1]
+    sums = {sample.labels["le"]: sample.value for sample in histogram.samples if sample.name.endswith("_bucket")}
+    expected = {bound: sum(time <= float(bound) for time in times) for bound in sums}
+    assert sums == expected
+    assert sums["+Inf"] == len(times)
+
+
+@given(verls=st.dictionaries(st.sampled_from(sorted(OF_VERL.values())), st.floats(allow_nan=True)), rows=steps)
+def test_no_step_lowers_a_counter(verls: dict[str, float], rows: list[Verdict]) -> None:
+    totals = Totals()
+    totals.add_step({}, step_metrics(rows), attempt_seconds(rows), now=1.0)
+    before = {name: dict(values) for name, values in totals.counts.items()}
+    totals.add_step(verls, step_metrics(rows), attempt_seconds(rows), now=2.0)
+    assert all(
+        totals.counts[name][label] >= value for name, values in before.items() for label, value in values.items()
+    )
+
+
+def test_a_run_that_is_scraped_ends_once_its_end_has_been_seen(tmp_path: Path) -> None:
+    with served(tmp_path) as (server, page):
+        assert series(page)["drzero_trainer_finished",] == 0
+        ending = threading.Thread(target=status.finish, args=(server,))
+        ending.start()
+        while not (last := series(page))["drzero_trainer_finished",]:
+            pass
+        with suppress(httpx.TransportError):  # that page may have been made a moment before it counts
+            series(page)
+        ending.join(timeout=10)
+        assert not ending.is_alive()
+        assert server.should_exit
+    assert not [key for key in last if key[0] == "drzero_trainer_stage"]
+
+
+def test_a_run_that_nobody_scrapes_ends_at_once(tmp_path: Path) -> None:
+    with served(tmp_path) as (server, _):
+        began = time.monotonic()
+        status.finish(server)
+        assert time.monotonic() - began < 5
+
+
+def test_what_a_run_has_taken_is_shown_as_it_grows(page: httpx.Client) -> None:
+    stages: dict[str, dict[str, Any]] = {"1.seeds": {"seconds": 10.0, "energy_wh": None, "cost": None}}
+    status.show_spent(stages)
+    names = ("run_seconds", "run_energy_joules", "run_cost")
+    assert [series(page)[f"drzero_trainer_{name}",] for name in names] == [10, 0, 0]
+    made_again = {"seconds": 5.0, "energy_wh": 2.0, "cost": 0.5}
+    stages["1.train"] = {"seconds": 20.0, "energy_wh": 1.0, "cost": 0.25, "unfinished": made_again}
+    assert [series(page)[f"drzero_trainer_{name}",] for name in names] == [35, 3 * 3600, 0.75]

@@ -12,11 +12,13 @@ from round_world import json_lines, solver_verdict
 from structlog.testing import capture_logs
 
 from services.trainer import status
+from services.trainer.guards import Alarm
 from services.trainer.paths import RunPaths, run_paths
 from services.trainer.records import Verdict
 from services.trainer.train import give_up
 from services.trainer.watch import Watch
 from shared.files import publish
+from shared.metrics import REGISTRY
 from shared.settings import Settings, build_settings, changed
 
 LOG: structlog.stdlib.BoundLogger = structlog.get_logger()
@@ -152,3 +154,26 @@ def test_a_trainer_that_only_writes_that_it_waits_is_a_stall(settings: Settings)
         (paths.log / "verl.log").write_text("pending: 0, running: 1")
         problem = watch.look()
     assert "no sign of progress" in problem.text
+
+
+def test_a_watch_that_begins_anew_shows_the_newest_step_its_plan_and_its_checkpoint(settings: Settings) -> None:
+    paths = run_paths(settings)
+    Watch(settings, paths, LOG)
+    assert shown("step") == shown("checkpoint_timestamp_seconds") == 0
+    for step in (1, 2):
+        finish_step(paths, step, **{"actor/grad_norm": step / 10})
+    write_checkpoint(paths, 2)
+    before = shown("steps_total")
+    status.show_alarms([Alarm("reward", step=9, streak=1, fatal=False, text="of a training before")])
+    Watch(settings, paths, LOG)
+    assert REGISTRY.get_sample_value("drzero_trainer_alarm_steps", {"alarm": "reward"}) == 0
+    assert shown("step") == 2
+    assert REGISTRY.get_sample_value("drzero_trainer_verl", {"name": "actor/grad_norm"}) == 0.2
+    assert REGISTRY.get_sample_value("drzero_trainer_reward_mean", {"part": "score"}) == 0.3
+    assert (shown("planned_steps"), shown("save_every_steps")) == (settings.trainer.steps, settings.trainer.save_every)
+    assert shown("checkpoint_timestamp_seconds") == (paths.checkpoints / "global_step_2").stat().st_mtime
+    assert shown("steps_total") == before
+
+
+def shown(name: str) -> float | None:
+    return REGISTRY.get_sample_value(f"drzero_trainer_{name}")

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 from prometheus_client import Counter, Gauge, Histogram
 
 from services.retrieval.query import Query
-from shared.metrics import REGISTRY, SECONDS
+from shared.metrics import REGISTRY, SECONDS, from_zero
 from shared.records import Hit
 
 BATCH_QUERIES = 256  # a longer batch makes everybody wait longer and is hardly faster per query
@@ -34,6 +34,7 @@ SHARE = 16
 BATCH_S = 0.1  # what a batch may take: whoever arrives has to wait for it
 
 WAITING = Gauge("drzero_retrieval_queue_queries", "Queries that wait for the search thread.", registry=REGISTRY)
+LIMIT = Gauge("drzero_retrieval_queue_limit_queries", "Most queries that may wait.", registry=REGISTRY)
 BATCH = Histogram(
     "drzero_retrieval_batch_queries",
     "Queries answered together.",
@@ -46,7 +47,10 @@ WAIT_SECONDS = Histogram(
     buckets=SECONDS,
     registry=REGISTRY,
 )
-REJECTIONS = Counter("drzero_retrieval_rejections", "Requests not answered, by reason.", ["reason"], registry=REGISTRY)
+REJECTIONS = Counter(
+    "drzero_retrieval_rejections_total", "Requests not answered, by reason.", ["reason"], registry=REGISTRY
+)
+from_zero(REJECTIONS, "queue full", "deadline", "too large", "not ready")
 
 
 class Busy(RuntimeError):
@@ -111,6 +115,7 @@ class Batcher:
 
     def __init__(self, *, queue_queries: int) -> None:
         self._limit = queue_queries
+        LIMIT.set(queue_queries)
         self._room = FIRST_QUERIES
         self._jobs: dict[Job, None] = {}  # in order of arrival; a dict because jobs leave it anywhere
         self._waiting = 0

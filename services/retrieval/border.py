@@ -21,7 +21,7 @@ from shared.metrics import REGISTRY, SECONDS
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,64}")
 GONE = 499  # nginx's status for a client that hung up; nobody reads it but the metrics
 
-REQUESTS = Counter("drzero_retrieval_requests", "Requests answered.", ["route", "status"], registry=REGISTRY)
+REQUESTS = Counter("drzero_retrieval_requests_total", "Requests answered.", ["route", "status"], registry=REGISTRY)
 REQUEST_SECONDS = Histogram(
     "drzero_retrieval_request_seconds", "Time of a request.", ["route"], buckets=SECONDS, registry=REGISTRY
 )

@@ -20,7 +20,7 @@ from redis.asyncio import BlockingConnectionPool, Redis
 from redis.exceptions import RedisError
 
 from services.retrieval.query import Query
-from shared.metrics import REGISTRY
+from shared.metrics import REGISTRY, from_zero
 from shared.records import Hit, Paper
 from shared.settings import RetrievalSettings, Settings
 
@@ -33,8 +33,9 @@ SHAPING: dict[str, Any] = dict.fromkeys(
 ) | {"encoder": {"query_dtype"}}
 
 LOOKUPS = Counter(
-    "drzero_retrieval_cache_lookups", "Queries looked up in Redis, by outcome.", ["outcome"], registry=REGISTRY
+    "drzero_retrieval_cache_lookups_total", "Queries looked up in Redis, by outcome.", ["outcome"], registry=REGISTRY
 )
+from_zero(LOOKUPS, "hit", "miss", "error")
 UP = Gauge(
     "drzero_retrieval_cache_up", "Whether results are kept in Redis: 1, or 0 while it is away.", registry=REGISTRY
 )

@@ -21,15 +21,19 @@ from services.retrieval.cache import Cache, Found, make_cache
 from services.retrieval.engine import Engine, OpenSearcher, open_engine, published
 from services.retrieval.integrity import verify
 from services.retrieval.query import Query
-from shared.metrics import REGISTRY
+from shared.metrics import REGISTRY, from_zero
 from shared.records import Hit, Paper
 from shared.settings import Settings
 
 RELOADS = Counter(
-    "drzero_retrieval_reloads", "Published indexes taken up while serving, by outcome.", ["outcome"], registry=REGISTRY
+    "drzero_retrieval_reloads_total",
+    "Published indexes taken up while serving, by outcome.",
+    ["outcome"],
+    registry=REGISTRY,
 )
+from_zero(RELOADS, "done", "failed")
 VERSION = Gauge(
-    "drzero_retrieval_index", "The version of the index in use, as a label.", ["version"], registry=REGISTRY
+    "drzero_retrieval_index_info", "The version of the index in use, as a label.", ["version"], registry=REGISTRY
 )
 
 

@@ -26,16 +26,19 @@ from shared.access import Access, api_token
 from shared.generation import GenerationEngine, GenerationError, load_engine, load_folder
 from shared.hang_up import unless_gone
 from shared.hardware import cpu_dtype
-from shared.metrics import REGISTRY, SECONDS, metrics_text
+from shared.metrics import REGISTRY, SECONDS, from_zero, metrics_text
 from shared.settings import SolverSettings
 
 REQUESTS = Counter("drzero_solver_requests_total", "Answered requests.", ["route", "status"], registry=REGISTRY)
 LATENCY = Histogram(
     "drzero_solver_request_seconds", "Time to the reply.", ["route"], buckets=SECONDS, registry=REGISTRY
 )
-RUNNING = Gauge("drzero_solver_running_requests", "Requests running or waiting.", registry=REGISTRY)
+PENDING = Gauge("drzero_solver_pending_requests", "Requests running or waiting.", registry=REGISTRY)
+LIMIT = Gauge("drzero_solver_pending_limit_requests", "Most requests running and waiting.", registry=REGISTRY)
 TOKENS = Counter("drzero_solver_tokens_total", "Tokens by kind.", ["kind"], registry=REGISTRY)
 WEIGHTS = Counter("drzero_solver_weight_updates_total", "Changes of the weights.", ["outcome"], registry=REGISTRY)
+from_zero(TOKENS, "prompt", "new")
+from_zero(WEIGHTS, "done", "refused")
 RETRY_AFTER_S = 1
 # OpenAI fields that transformers' continuous batching would silently ignore, with the value that changes nothing.
 UNSERVED = {"n": 1, "best_of": 1, "stream": False, "stop": None, "top_p": 1, "logprobs": None, "echo": False}
@@ -165,6 +168,7 @@ def objection(body: Mapping[str, Any]) -> str:
 def create_app(solver: SolverSettings, folder: str) -> FastAPI:
     """The FastAPI application; the model is loaded when the application starts."""
     served: list[Served] = []
+    LIMIT.set(solver.max_waiting)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -242,7 +246,7 @@ def create_app(solver: SolverSettings, folder: str) -> FastAPI:
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        RUNNING.set(served[0].engine.running)
+        PENDING.set(served[0].engine.running)
         body, kind = metrics_text()
         return Response(body, media_type=kind)
 

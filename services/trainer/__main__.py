@@ -16,6 +16,7 @@ import structlog
 
 from services.trainer import status
 from services.trainer.control import Stopped, heed, withdraw
+from services.trainer.disk_metrics import show_disk
 from services.trainer.driver import note, noting_end, only_driver
 from services.trainer.evaluate import evaluate
 from services.trainer.paths import RunPaths, run_paths
@@ -29,6 +30,7 @@ from services.trainer.solver_seeds import make_solver_seeds
 from services.trainer.storage import require_budget, warn_of_budget
 from services.trainer.train import train
 from shared.command import UsageError, run
+from shared.files import sweep
 from shared.gpu import self_test
 from shared.settings import Settings
 
@@ -68,11 +70,15 @@ def main(first: str, last: str, settings: Settings, log: structlog.stdlib.BoundL
     warn_of_budget(settings, log)
     with only_driver(paths.run):
         server = status.serve_in_background(settings)
+        status.show_run(settings)
+        show_disk(settings)
         try:
             run_stages(places, settings, paths.run, log)
             withdraw(paths.run)
+            status.finish(server)
         except Stopped as stop:
             withdraw(paths.run)
+            status.finish(server)
             print(f"trainer: {stop}")
             return
         finally:
@@ -84,6 +90,7 @@ def main(first: str, last: str, settings: Settings, log: structlog.stdlib.BoundL
 def run_stages(places: list[Place], settings: Settings, folder: Path, log: structlog.stdlib.BoundLogger) -> None:
     """The stages one after the other; between two, a person's request to pause or to stop is heeded."""
     state = RunState(folder, settings)
+    status.show_spent(state.stages)
     steps = {"proposer": settings.trainer.steps, "solver": settings.trainer.solver.steps}
     with noting_end(folder):
         for number, name in places:
@@ -108,8 +115,10 @@ def run_stage(number: int, name: str, settings: Settings, state: RunState, log: 
     structlog.contextvars.bind_contextvars(stage=label)
     own = proposer_settings(settings, number) if stage.role == "proposer" else solver_settings(settings, number)
     paths = run_paths(own)
+    artifact = stage.artifact(paths)
+    sweep(artifact)  # a driver that was killed just after it published has left the version before
     require_budget(own)
-    with state.timing(label, stage.artifact(paths)):
+    with state.timing(label, artifact):
         stage.work(own, paths, log)
 
 

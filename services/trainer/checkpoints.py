@@ -23,6 +23,12 @@ def newest_checkpoint(folder: Path, through: int | None = None) -> tuple[int, Pa
     return None
 
 
+def completed_at(folder: Path) -> float:
+    """When the newest complete checkpoint was written, in seconds since 1970; 0 when there is none."""
+    newest = newest_checkpoint(folder)
+    return newest[1].stat().st_mtime if newest else 0.0
+
+
 def keep_copy(folder: Path, target: Path, *, through: int) -> None:
     """Keep the newest checkpoint of at most step `through` as hard links in `target`, unless it is there already."""
     newest = newest_checkpoint(folder, through)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import structlog
 
 from services.trainer import status
-from services.trainer.checkpoints import keep_copy
+from services.trainer.checkpoints import completed_at, keep_copy
 from services.trainer.gate import form_at, gated_from, write_gate
 from services.trainer.guards import NEVER_FATAL, Alarm, alarms, last_good_step
 from services.trainer.outage import read_outage
@@ -43,11 +43,15 @@ class Watch:
     _waiting: str | None = None
 
     def __post_init__(self) -> None:
-        """Take the steps of earlier runs as read, so that they are not reported twice."""
+        """Take the steps of earlier runs as read, so that they are not reported twice; show the newest of them."""
         verdicts = read_verdicts(self.paths.log, TRAIN)
+        newest: tuple[int, dict[str, float], dict[str, float]] = (0, {}, {})
         for step, metrics in read_metrics(self.paths.log).items():
             if step in verdicts:
-                self.history[step] = self._numbers(step, metrics, step_metrics(verdicts[step]))
+                newest = step, metrics, step_metrics(verdicts[step])
+                self.history[step] = self._numbers(*newest)
+        status.show_training(self.settings.trainer, *newest)
+        status.show_checkpoint(completed_at(self.paths.checkpoints))
         self._tell_gate()
 
     def look(self) -> Problem | None:
@@ -120,6 +124,7 @@ class Watch:
         signs = written, tuple(sorted(str(path) for path in self.paths.checkpoints.glob("global_step_*/*")))
         if signs != self._signs or self._waiting:
             self._signs, self._last_change = signs, time.monotonic()
+            status.show_checkpoint(completed_at(self.paths.checkpoints))
         elif time.monotonic() - self._last_change > self.settings.trainer.stall_s:
             return Problem(f"no sign of progress for {self.settings.trainer.stall_s:.0f} s")
         return None
