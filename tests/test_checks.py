@@ -31,8 +31,9 @@ Row = dict[str, Any]
 
 
 def settings(**variables: str | int) -> Settings:
-    """Settings of the demo with some variables of the trainer, written as in DRZERO_TRAINER__…."""
-    return build_settings({f"DRZERO_TRAINER__{name}": str(value) for name, value in variables.items()})
+    """Settings of the demo with hops of all numbers, and some of the trainer's variables, as in DRZERO_TRAINER__…."""
+    chosen = {"HOP_RATIO": "4,3,2,1", **variables}
+    return build_settings({f"DRZERO_TRAINER__{name}": str(value) for name, value in chosen.items()})
 
 
 def only(problems: list[str]) -> str:
@@ -327,7 +328,8 @@ def test_prompt_and_response_must_fit_the_models_positions(tmp_path: Path, posit
 
 
 def run_with(folder: Path, model: str, **variables: str | int) -> tuple[Settings, RunPaths]:
-    environ = {f"DRZERO_TRAINER__{name}": str(value) for name, value in variables.items()}
+    asked = {"HOP_RATIO": "4,3,2,1", **variables}
+    environ = {f"DRZERO_TRAINER__{name}": str(value) for name, value in asked.items()}
     solver = {"DRZERO_SOLVER__MODEL": model, "DRZERO_SOLVER__CONTEXT_TOKENS": "4096"}
     chosen = build_settings(environ | solver | {"DRZERO_TRAINER__ACTOR__MODEL": model})
     (folder / "seeds").mkdir()

@@ -1,6 +1,7 @@
 """The model card: what it says follows from the artifacts alone, and its front matter is what the hub reads."""
 
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -167,8 +168,8 @@ def test_published_weights_have_a_card_without_scores(tmp_path: Path, role: Role
             pass
     actor = paths.checkpoints / f"global_step_{settings.trainer.steps}" / "actor"
     save_tiny_model(actor / "huggingface", seed=1)
-    for file in (actor.parent / "data.pt", actor / "model_world_size_1_rank_0.pt"):
-        file.write_bytes(b"state")
+    (actor / "model_world_size_1_rank_0.pt").write_bytes(b"state")
+    zipfile.ZipFile(actor.parent / "data.pt", "w").close()
     publish_weights(settings, paths, LOG)
     card = (weights_at(settings, role=role) / CARD).read_text(encoding="utf-8")
     assert f"# demo: {role} of round 1" in card
