@@ -1,6 +1,7 @@
 """The notebook: what it names exists, and a run of three rounds at the smallest size, from its first cell to its last.
 
-The run trains the real 135M model in six trainings of one step each (some fifteen minutes on two cores), so it is `slow`.
+The run trains the real 135M model in six trainings of one step each (a quarter of an hour on two cores), so it is
+`slow`.
 """
 
 import ast
