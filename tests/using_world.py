@@ -40,9 +40,9 @@ def environment(settings: Settings, **more: str) -> dict[str, str]:
 
 
 def started(module: str, *words: str, settings: Settings, **more: str) -> "subprocess.Popen[str]":
-    """A command of the trainer as a process."""
+    """A command of the trainer as a process, which Ctrl-C ends wherever the tests run: a shell's jobs ignore it."""
     return subprocess.Popen(
-        [sys.executable, "-m", f"services.trainer.{module}", *words],
+        ["env", "--default-signal=INT", sys.executable, "-m", f"services.trainer.{module}", *words],
         cwd=ROOT, env=environment(settings, **more), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
