@@ -15,11 +15,14 @@ import hmac
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic_core import to_json
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from shared.settings import SettingsError
+
+if TYPE_CHECKING:  # ingest sends no token to anybody, and has no web framework
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
 NAME = "DRZERO_API_TOKEN"  # one of SECRETS in settings.py
 SHORTEST = 16  # characters
@@ -69,11 +72,11 @@ def exposed(host: str, environ: Mapping[str, str] = os.environ) -> bool:
 class Access:
     """ASGI middleware that lets in who has the token."""
 
-    def __init__(self, app: ASGIApp, token: str | None) -> None:
+    def __init__(self, app: "ASGIApp", token: str | None) -> None:
         self._app = app
         self._token = token
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -87,7 +90,7 @@ class Access:
             text = f"this needs the API token: send the header 'Authorization: Bearer <token>' ({NAME})"
             await refuse(scope, send, 401, text, asked)
 
-    def _open(self, scope: Scope) -> bool:
+    def _open(self, scope: "Scope") -> bool:
         return self._token is None or (scope["path"] in OPEN and scope["method"] in HARMLESS)
 
     def _known(self, given: bytes) -> bool:
@@ -112,7 +115,9 @@ def presented(authorization: bytes) -> bytes:
         return b""
 
 
-async def refuse(scope: Scope, send: Send, status: int, detail: str, more: Iterable[tuple[bytes, bytes]] = ()) -> None:
+async def refuse(
+    scope: "Scope", send: "Send", status: int, detail: str, more: Iterable[tuple[bytes, bytes]] = ()
+) -> None:
     """Answer instead of the app, with the error body that all services share."""
     body = to_json({"detail": detail, "request_id": scope.get("state", {}).get("request_id", "")})
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *more]

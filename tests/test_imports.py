@@ -2,8 +2,10 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -139,3 +141,25 @@ def test_modules_start_without_loading_a_heavy_package(part: str) -> None:
 def test_the_files_on_the_lists_exist() -> None:
     listed = set().union(*ANYWHERE.values(), *AT_TOP.values())
     assert listed <= {place(path) for path in SOURCES}
+
+
+# What libraries use when it happens to be there.
+OPTIONAL = {
+    "rich", "pygments", "markdown_it", "mdurl", "attr", "greenlet", "cloudpickle", "click", "_distutils_hack",
+    "sniffio", "xxhash", "psutil", "orjson", "cryptography",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("service", ["ingest", "retrieval", "solver", "trainer"])
+def test_a_service_needs_no_package_that_its_image_lacks(service: str) -> None:
+    code = f"import sys, services.{service}.__main__; print(*{{name.partition('.')[0] for name in sys.modules}})"
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    pins = (ROOT / "services" / service / "requirements.txt").read_text(encoding="utf-8")
+    pinned = {line.partition("==")[0].lower() for line in pins.splitlines()}
+    owners = packages_distributions()
+    foreign = {
+        name
+        for name in set(loaded.split()) - OPTIONAL
+        if name in owners and not any(re.sub(r"[_.]", "-", owner.lower()) in pinned for owner in owners[name])
+    }
+    assert foreign == set()
