@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -33,13 +34,14 @@ from random import Random
 from typing import Any
 
 from services.trainer.__main__ import STAGES
+from services.trainer.model_card import CARD
 from services.trainer.paths import RunPaths
 from services.trainer.questions import FILE as QUESTIONS
 from services.trainer.questions import read_rows
 from services.trainer.records import read_lines
 from services.trainer.rounds import paths_of
 from services.trainer.run_state import BEAT_S, read_state
-from shared.files import ArtifactError, Manifest, read_manifest
+from shared.files import MANIFEST, ArtifactError, Manifest, read_manifest
 from shared.settings import Settings, build_settings
 
 ROOT = Path(__file__).parents[1]
@@ -341,14 +343,29 @@ def set_aside(world: World, stage: str) -> Iterator[None]:
     aside.mkdir()
     for number, path in enumerate(taken):
         path.rename(aside / str(number)) if number != 1 else path.rename(aside / path.name)
+    if stage in ("publish", "solver_publish"):
+        lay_checkpoint(world, stage, aside / taken[1].name)
     try:
         yield
     finally:
+        if stage in ("publish", "solver_publish"):
+            shutil.rmtree(world.paths(stage).checkpoints, ignore_errors=True)
         for path in (*artifact.parent.glob(f".{artifact.name}.*"), *taken):
             path.unlink() if path.is_symlink() or path.is_file() else shutil.rmtree(path, ignore_errors=True)
         for number, path in enumerate(taken):
             (aside / (path.name if number == 1 else str(number))).rename(path)
         aside.rmdir()
+
+
+def lay_checkpoint(world: World, stage: str, weights: Path) -> None:
+    """What the stage reads of the checkpoint that these weights came from; the real one went when they were there."""
+    paths, trainer = world.paths(stage), world.settings.trainer
+    steps = trainer.steps if stage == "publish" else trainer.solver.steps
+    actor = paths.checkpoints / f"global_step_{steps}" / "actor"
+    added = shutil.ignore_patterns(MANIFEST, CARD, "change.json")
+    shutil.copytree(weights, actor / "huggingface", ignore=added)
+    (actor / "model_world_size_1_rank_0.pt").touch()
+    zipfile.ZipFile(actor.parent / "data.pt", "w").close()
 
 
 def strike(world: World, outcome: Outcome) -> float:
